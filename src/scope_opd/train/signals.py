@@ -1,0 +1,75 @@
+"""Ctrl-C and SIGTERM during a run: leave at once where nothing is half done, else at the end of what is.
+
+The first signal raises ``Interrupted`` in the main thread, or, inside ``shielded()``, at the end of that section. A
+second signal ends the process on the spot. Outside the main thread (where Python delivers no signals) nothing is
+installed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from scope_opd.errors import ScopeError
+
+
+class Interrupted(KeyboardInterrupt):
+    """A first SIGINT or SIGTERM. A KeyboardInterrupt, because asyncio lets only that (and SystemExit) pass through."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class RunInterrupted(ScopeError):
+    """The run was interrupted and saved. ``exit_code`` is 128 + the signal's number: 130 (SIGINT) or 143 (SIGTERM)."""
+
+    def __init__(self, number: int, step: int, folder: str) -> None:
+        self.exit_code = 128 + number
+        super().__init__(f"{signal.Signals(number).name} after {step} steps", "", f"continue {folder} with --resume")
+
+
+class Signals:
+    """Turns SIGINT and SIGTERM into ``Interrupted``, never inside a ``shielded()`` section.
+
+    Use as a context manager around the run; the former handlers come back at its end.
+    """
+
+    def __init__(self) -> None:
+        self._shields = 0
+        self._received: int | None = None
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._former[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._received is not None:
+            os._exit(128 + number)
+        self._received = number
+        if not self._shields:
+            raise Interrupted(number)
+
+    @contextmanager
+    def shielded(self) -> Iterator[None]:
+        """A section that a first signal does not cut: it raises ``Interrupted`` when the section is over."""
+        self._shields += 1
+        try:
+            yield
+        finally:
+            self._shields -= 1
+        if self._received is not None and not self._shields:
+            raise Interrupted(self._received)
