@@ -1,0 +1,362 @@
+"""The config of a run: typed tables, strict keys, presets, and the rules that hold between settings.
+
+Every table is a pydantic model that refuses unknown keys (with the nearest known name). Mistakes become a
+``ConfigError`` with the value found, the value expected and the remedy. Nothing here touches a file system, a model or a device: what
+exists is checked where it is opened. Secrets never live in a config: fields name the environment variable or file that
+holds them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from scope_opd.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+AlarmAction = Literal["off", "warn", "stop"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # J = E_x [ sum_correct softmax(+NLL_S/tau) L_MLE + sum_wrong softmax(-NLL_T/tau) L_OPD ], paper Eq. 4-6.
+    "paper": {
+        "student_weight": "ppl",
+        "teacher_weight": "inverse_ppl",
+        "scale": "sum",
+        "aggregation": "prompt",
+        "truncated": "incorrect",
+    },
+    # What the release's run scripts do: w = n_path * softmax(-NLL/tau) on both paths (METHOD: defects 1, 2, 5, 7).
+    "as_released": {
+        "student_weight": "inverse_ppl",
+        "teacher_weight": "inverse_ppl",
+        "scale": "mean",
+        "aggregation": "released",
+        "temperature": "released",
+        "truncated": "incorrect",
+    },
+    # What the release's README flags do: the student weight reversed as above, the teacher's reversed too.
+    "as_documented": {
+        "student_weight": "inverse_ppl",
+        "teacher_weight": "ppl",
+        "scale": "mean",
+        "aggregation": "released",
+        "temperature": "released",
+        "truncated": "incorrect",
+    },
+}
+
+
+class Table(BaseModel):
+    """Base of every table: unknown keys are errors, values are not silently converted."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, strict=True, protected_namespaces=())
+
+
+class ModelConfig(Table):
+    """The student. ``path`` is a Hugging Face folder, a hub id, or ``zoo:student``."""
+
+    path: str = "zoo:student"
+    revision: str | None = None
+    tokenizer: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+class TeacherConfig(Table):
+    """The teacher in process. ``path`` as for the student.
+
+    ``dtype`` holds its weights ("auto": bfloat16 on a GPU, float32 on a CPU). ``max_tokens_per_batch`` bounds prompt +
+    response tokens scored in one forward pass. ``temperature`` is that of its own samples (``kd``); None: rollout's.
+    ``log_prob_floor`` is the lowest log-prob a token may have; lower ones are raised to it and counted.
+    """
+
+    path: str = "zoo:teacher"
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    max_tokens_per_batch: PositiveInt = 8192
+    temperature: PositiveFloat | None = None
+    log_prob_floor: Annotated[float, Field(lt=0, allow_inf_nan=False)] = -100.0
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+class DataConfig(Table):
+    """Where problems come from: ``zoo`` or a ``.jsonl``, ``.json`` or ``.parquet`` file; columns by name."""
+
+    train: str = "zoo"
+    eval: str | None = None
+    problem_column: str = "problem"
+    answer_column: str = "answer"
+    id_column: str = "id"
+    verifier: Literal["auto", "zoo", "boxed"] = "auto"
+    max_prompt_tokens: PositiveInt = 4096
+    shuffle: bool = True
+    max_rows: PositiveInt | None = None
+
+
+class ChatConfig(Table):
+    """How a problem becomes a prompt, in training and evaluation alike.
+
+    ``template``: None, the tokenizer's own chat template; "none", the bare problem; else a path to a Jinja file.
+    ``kwargs`` go to the template (``enable_thinking = false``). ``suffix`` is appended to the problem.
+    ``stop_token_ids`` are added to the model's own end tokens.
+    """
+
+    template: str | None = None
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    system: str | None = None
+    suffix: str = ""
+    stop_token_ids: list[int] = Field(default_factory=list)
+
+
+class RolloutConfig(Table):
+    """Sampling in training. ``max_rows`` bounds the sequences decoded at once; None: all of a step."""
+
+    n: PositiveInt = 8
+    temperature: PositiveFloat = 0.6
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: NonNegativeInt = 0
+    repetition_penalty: PositiveFloat = 1.0
+    max_tokens: PositiveInt = 1024
+    max_rows: PositiveInt | None = None
+
+
+class ObjectiveConfig(Table):
+    """The method and its surrogate. Fields left out take the preset's value, then the method's own, then these.
+
+    ``preset``: "paper", "as_released" or "as_documented" (see ``PRESETS``); None is the paper's formula with truncated
+    rollouts ignored. ``aggregation``, ``clip`` and ``dual_clip`` default to what the method declares.
+    ``reward_threshold``: a rollout whose reward is at least this is correct, where a verifier gives rewards that are
+    not 0 or 1. ``method_settings`` go to methods of your own; ``plugins`` names the modules that register them.
+    """
+
+    method: str = "scope"
+    preset: Literal["paper", "as_released", "as_documented"] | None = None
+    tau: PositiveFloat = 1.0
+    student_weight: Literal["ppl", "uniform", "inverse_ppl"] = "ppl"
+    teacher_weight: Literal["inverse_ppl", "uniform", "ppl"] = "inverse_ppl"
+    scale: Literal["sum", "mean"] = "sum"
+    truncated: Literal["ignore", "incorrect"] = "ignore"
+    reward_threshold: float = 0.5
+    beta: NonNegativeFloat = 1.0
+    distill: Literal["sampled", "full_kl"] = "sampled"
+    temperature: Literal["matched", "released", "raw"] = "matched"
+    aggregation: Literal["prompt", "token", "sequence", "released"] | None = None
+    clip: PositiveFloat | None = None
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    sampler_correction_cap: PositiveFloat = 2.0
+    reference_kl: NonNegativeFloat = 0.0
+    method_settings: dict[str, Any] = Field(default_factory=dict)
+    plugins: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("preset") in PRESETS:
+            return {**PRESETS[values["preset"]], **values}
+        return values
+
+
+class TrainConfig(Table):
+    """The optimiser and the step.
+
+    ``max_tokens_per_microbatch`` bounds prompt + response tokens (padding included) of one forward and backward pass;
+    it changes memory and speed, never the gradient. ``param_dtype = "bfloat16"`` is the paper's pure-bf16 training:
+    most updates at small learning rates round to nothing there; float32 keeps fp32 master weights (bf16 autocast on a
+    GPU). ``threads``: torch intra-op threads; None leaves torch's choice.
+    """
+
+    steps: PositiveInt = 100
+    prompts_per_step: PositiveInt = 16
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: PositiveFloat = 2e-6
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    min_lr_ratio: Share = 0.0
+    weight_decay: NonNegativeFloat = 0.01
+    betas: tuple[Share, Share] = (0.9, 0.99)
+    eps: PositiveFloat = 1e-8
+    grad_clip: PositiveFloat | None = 1.0
+    updates_per_batch: PositiveInt = 1
+    max_tokens_per_microbatch: PositiveInt = 16384
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    device: str = "auto"
+    threads: PositiveInt | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _betas_from_toml(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("betas"), list):
+            return {**values, "betas": tuple(values["betas"])}
+        return values
+
+
+class EvalConfig(Table):
+    """Evaluation on held-out prompts while training. ``every = 0``: only where at_start / at_end ask for it.
+
+    One set of ``n`` samples a problem is drawn for each of ``temperatures``; the other sampling settings are shared.
+    """
+
+    every: NonNegativeInt = 0
+    at_start: bool = False
+    at_end: bool = False
+    problems: PositiveInt = 200
+    n: PositiveInt = 8
+    temperatures: list[PositiveFloat] = Field(default_factory=lambda: [0.6])
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: NonNegativeInt = 0
+    repetition_penalty: PositiveFloat = 1.0
+    max_tokens: PositiveInt | None = None
+
+
+class AlarmsConfig(Table):
+    """What to do when a run looks ill: "off", "warn" (one line, an event) or "stop" (checkpoint, exit code 1)."""
+
+    nan: AlarmAction = "stop"
+    entropy_halved: AlarmAction = "warn"
+    entropy_window: PositiveInt = 20
+    truncation: AlarmAction = "warn"
+    truncation_share: Share = 0.5
+    length_growth: AlarmAction = "warn"
+    length_growth_ratio: Annotated[float, Field(gt=1)] = 2.0
+    grad_norm: AlarmAction = "warn"
+    grad_norm_limit: PositiveFloat = 100.0
+    uniform_weights: AlarmAction = "warn"
+    uniform_ess: Share = 0.99
+
+
+class RunConfig(Table):
+    """The run folder and what is kept. ``checkpoint_every = 0``: only at the end, on a signal or on an alarm's stop."""
+
+    dir: str = "runs/run"
+    seed: NonNegativeInt = 0
+    checkpoint_every: NonNegativeInt = 50
+    keep_last: PositiveInt = 2
+    rollouts_logged: NonNegativeInt = 16
+    export: bool = True
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    project: str = "scope"
+    alarms: AlarmsConfig = Field(default_factory=AlarmsConfig)
+
+
+class Config(Table):
+    """All tables of a run."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    chat: ChatConfig = Field(default_factory=ChatConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
+
+    @model_validator(mode="after")
+    def _between_tables(self) -> Config:
+        plain = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+        for name, neutral in plain.items():
+            value = getattr(self.rollout, name)
+            if value != neutral:
+                raise ValueError(
+                    f"rollout.{name} = {value}; expected {neutral}: a cut or penalised distribution has no simple "
+                    f"importance ratio; remove it from [rollout] (it is allowed in [eval])"
+                )
+        if self.objective.method == "grpo" and self.rollout.n == 1:
+            raise ValueError("rollout.n = 1 with objective.method = 'grpo'; expected n >= 2, since the advantage is "
+                             "relative to the group; raise rollout.n")  # fmt: skip
+        return self
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, apply dotted overrides, validate.
+
+    Args:
+        path: the TOML file; None starts from the defaults.
+        overrides: ``table.key=value`` strings; the value is read as TOML, and as a plain string where that fails.
+
+    Raises:
+        ConfigError: file missing, not UTF-8 or not TOML, unknown key, wrong type or value, rules between tables broken.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        source = Path(path)
+        try:
+            values = tomllib.loads(source.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{source}: no such file", "a TOML config file", "check the path") from None
+        except IsADirectoryError:
+            raise ConfigError(f"{source} is a folder", "a TOML config file", "name the file itself") from None
+        except OSError as error:
+            raise ConfigError(f"{source}: {error.strerror}", "a readable file", "check its permissions") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{source}: byte {error.start} is not UTF-8", "UTF-8 text", "re-save the file") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{source}: {error}", "valid TOML", "mend that line") from None
+    for override in overrides:
+        _apply_override(values, override)
+    return validate_config(values)
+
+
+def validate_config(values: dict[str, Any]) -> Config:
+    """Turn nested plain values into a ``Config``; every pydantic complaint becomes one ``ConfigError`` line."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not separator or len(keys) < 2 or not all(keys):
+        raise ConfigError(f"--set {override}", "TABLE.KEY=VALUE", "for example --set objective.tau=0.5")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    node = values
+    for key in keys[:-1]:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override}: {key} is not a table", "TABLE.KEY=VALUE", "check the name")
+    node[keys[-1]] = value
+
+
+def _explain(error: ValidationError) -> ConfigError:
+    problem = error.errors(include_url=False)[0]
+    location = [str(part) for part in problem["loc"]]
+    name = ".".join(location)
+    more = len(error.errors()) - 1
+    also = f" ({more} more after this one)" if more else ""
+    if problem["type"] == "extra_forbidden":
+        known = list(_known_keys(location[:-1]))
+        close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
+        kind = "key" if location[:-1] else "table"
+        remedy = f"did you mean {'.'.join([*location[:-1], close[0]])}?" if close else "remove it"
+        return ConfigError(f"unknown {kind} {name}", f"one of {', '.join(sorted(known))}", remedy + also)
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return ConfigError(message + also)
+    expected = message.removeprefix("Input should be ").removeprefix("a valid ")
+    return ConfigError(f"{name} = {problem['input']!r}", expected, f"change {name}{also}")
+
+
+def _known_keys(tables: Sequence[str]) -> Iterator[str]:
+    model: type[BaseModel] = Config
+    for table in tables:
+        annotation = model.model_fields[table].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return
+        model = annotation
+    yield from model.model_fields

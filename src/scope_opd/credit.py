@@ -1,0 +1,119 @@
+"""Routing and credit: from judged, scored rollouts to the two numbers of each. Shared by training and ``scope weights``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from scope_opd.errors import DataError
+from scope_opd.objective.methods import Group, Method
+from scope_opd.types import Rollout
+
+Truncated = Literal["ignore", "incorrect"]
+
+
+def verdict_of(rollout: Rollout, *, truncated: Truncated, reward_threshold: float) -> bool | None:
+    """The verdict that routes a rollout: True, False, or None when it takes no part.
+
+    A truncated rollout (``finish_reason`` "length") is ignored (None) or incorrect, as ``truncated`` says. Otherwise
+    ``correct`` counts; without it, ``reward >= reward_threshold``; with neither there is no verdict.
+    """
+    if rollout.finish_reason == "length":
+        return None if truncated == "ignore" else False
+    if rollout.correct is not None:
+        return rollout.correct
+    return None if rollout.reward is None else rollout.reward >= reward_threshold
+
+
+def _mean_nll(logprobs: Sequence[float], loss_mask: Sequence[int] | None) -> float:
+    if loss_mask is not None:
+        logprobs = [value for value, keep in zip(logprobs, loss_mask, strict=True) if keep]
+    if not logprobs:
+        return float("nan")
+    return -sum(logprobs) / len(logprobs)
+
+
+def student_nll(rollout: Rollout) -> float:
+    """NLL_S: mean negative log-prob a response token under the sampling distribution, nats. NaN without a token."""
+    return _mean_nll(rollout.logprobs, rollout.loss_mask)
+
+
+def teacher_nll(rollout: Rollout) -> float | None:
+    """NLL_T: likewise under the teacher; None when unscored."""
+    if rollout.teacher_logprobs is None:
+        return None
+    return _mean_nll(rollout.teacher_logprobs, rollout.loss_mask)
+
+
+def trained_tokens(rollout: Rollout) -> int:
+    """Response tokens that enter the loss."""
+    return sum(rollout.loss_mask) if rollout.loss_mask is not None else len(rollout.logprobs)
+
+
+def assign_credit(
+    rollouts: Sequence[Rollout], method: Method, *, truncated: Truncated, reward_threshold: float
+) -> list[bool | None]:
+    """Write ``reinforce``, ``distill``, ``masked`` and ``mask_reason`` into every rollout, group by group.
+
+    Rollouts of a group need not be contiguous. Masked rollouts get (0, 0).
+
+    Args:
+        rollouts: judged and, where the method asks, scored.
+        method: from ``objective.methods``.
+        truncated, reward_threshold: see ``verdict_of``.
+
+    Returns:
+        Each rollout's verdict as ``verdict_of`` gives it, in order.
+
+    Raises:
+        DataError: a number that is not finite, naming the rollout.
+    """
+    verdicts = [verdict_of(r, truncated=truncated, reward_threshold=reward_threshold) for r in rollouts]
+    members: dict[str, list[int]] = {}
+    for index, rollout in enumerate(rollouts):
+        members.setdefault(rollout.group, []).append(index)
+    for indices in members.values():
+        _credit_group([rollouts[i] for i in indices], [verdicts[i] for i in indices], method)
+    return verdicts
+
+
+def _credit_group(rollouts: list[Rollout], verdicts: list[bool | None], method: Method) -> None:
+    teacher = [teacher_nll(rollout) for rollout in rollouts]
+    lengths = torch.tensor([trained_tokens(rollout) for rollout in rollouts])
+    group = Group(
+        rewards=torch.tensor([_reward(r, v) for r, v in zip(rollouts, verdicts, strict=True)], dtype=torch.float64),
+        correct=torch.tensor([verdict is True for verdict in verdicts]),
+        nll_student=torch.tensor([student_nll(rollout) for rollout in rollouts], dtype=torch.float64),
+        nll_teacher=torch.tensor([float("nan") if nll is None else nll for nll in teacher], dtype=torch.float64),
+        scored=torch.tensor([nll is not None for nll in teacher]),
+        lengths=lengths,
+        masked=torch.tensor([verdict is None for verdict in verdicts]) | (lengths == 0),
+    )
+    try:
+        credit = method.credit(group)
+    except ValueError as error:
+        raise DataError(
+            f"group {rollouts[0].group!r}: {error}", "finite signals", "see the rollouts' records"
+        ) from None
+    for row, (rollout, verdict) in enumerate(zip(rollouts, verdicts, strict=True)):
+        rollout.masked = bool(credit.masked[row])
+        rollout.reinforce = 0.0 if rollout.masked else float(credit.reinforce[row])
+        rollout.distill = 0.0 if rollout.masked else float(credit.distill[row])
+        rollout.mask_reason = _mask_reason(rollout, verdict) if rollout.masked else None
+
+
+def _reward(rollout: Rollout, verdict: bool | None) -> float:
+    """The reward as given; without one, or when a truncated rollout counts as incorrect, the verdict as 0 or 1."""
+    if rollout.reward is None or rollout.finish_reason == "length":
+        return float(verdict is True)
+    return rollout.reward
+
+
+def _mask_reason(rollout: Rollout, verdict: bool | None) -> str:
+    if trained_tokens(rollout) == 0:
+        return "empty"
+    if verdict is None:
+        return "truncated" if rollout.finish_reason == "length" else "no_verdict"
+    return "unscored" if rollout.teacher_logprobs is None else "method"

@@ -1,0 +1,55 @@
+"""Aggregation: fold the denominators of the whole optimiser step into each rollout's two numbers.
+
+After this the loss of a step is a plain sum over tokens, so that no split into micro-batches or ranks can change it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scope_opd.objective.methods import Aggregation
+
+
+def coefficients(
+    reinforce: Tensor, distill: Tensor, lengths: Tensor, masked: Tensor, groups: Tensor, aggregation: Aggregation
+) -> tuple[Tensor, Tensor]:
+    """Per-rollout coefficients (a_i, b_i) such that step loss = - sum_i sum_t sg(c_t) rho_t (a_i + b_i logratio_t).
+
+    With L = all live (unmasked) rollouts of the step, and |y| tokens that enter the loss:
+
+        prompt    both / number of prompts with a live rollout (Eq. 6)
+        token     both / sum_L |y|
+        sequence  both / (|L| * |y_i|)
+        released  reinforce / sum of |y| over live rollouts with reinforce != 0;  distill / sum_L |y|
+
+    Args:
+        reinforce, distill: [N] float64, the method's numbers.
+        lengths: [N] int64.
+        masked: [N] bool; masked rollouts get 0 and count in no denominator.
+        groups: [N] int64, the prompt each rollout belongs to.
+        aggregation: one of the four above.
+
+    Returns:
+        Two [N] float64 tensors; all zero if nothing is live.
+    """
+    live = ~masked
+    tokens = lengths.double() * live
+    total = tokens.sum()
+    denominators: dict[str, tuple[Tensor, Tensor]] = {
+        "prompt": (groups[live].unique().numel() * torch.ones(()).double(),) * 2,
+        "token": (total, total),
+        "sequence": (live.sum() * lengths.double(),) * 2,
+        "released": ((tokens * (reinforce != 0)).sum(), total),
+    }
+    if aggregation not in denominators:
+        raise ValueError(f"aggregation = {aggregation!r}; expected one of {', '.join(denominators)}")
+
+    def divide(numbers: Tensor, by: Tensor) -> Tensor:
+        wanted = live & (by > 0).expand_as(live)
+        return torch.where(
+            wanted, numbers.double() / by.clamp_min(1e-300), torch.zeros_like(numbers, dtype=torch.float64)
+        )
+
+    by_reinforce, by_distill = denominators[aggregation]
+    return divide(reinforce, by_reinforce), divide(distill, by_distill)

@@ -1,0 +1,158 @@
+"""Rollout records on disk: strict JSON (no NaN, no infinity), one object a line.
+
+Reading is forgiving about columns that are absent and strict about those that are there: a wrong type names the file,
+the line and the field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from scope_opd.errors import DataError
+from scope_opd.types import Rollout
+
+_FIELDS = {field.name for field in dataclasses.fields(Rollout)}
+_REQUIRED = ("id", "group", "prompt_token_ids", "token_ids", "logprobs")
+_SLACK = 1e-3  # engines round: a log-prob a hair above 0 is a 0
+
+
+def dumps(value: Any) -> str:
+    """Strict JSON on one line.
+
+    Raises:
+        ValueError: a NaN or an infinity is in it.
+    """
+    return json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+
+
+def rollout_to_dict(rollout: Rollout) -> dict[str, Any]:
+    """All fields of the record; floats keep full precision."""
+    return {name: getattr(rollout, name) for name in rollout.__slots__}
+
+
+def rollout_to_json(rollout: Rollout) -> str:
+    """The record as one line of strict JSON."""
+    return dumps(rollout_to_dict(rollout))
+
+
+def rollout_from_dict(row: dict[str, Any], *, where: str, required: Iterable[str] = _REQUIRED) -> Rollout:
+    """Check a row and make a record of it; unknown keys (``tokens``, ``advantages`` ...) are left aside.
+
+    Args:
+        row: one decoded JSON object.
+        where: "FILE line N", for errors.
+        required: fields that must be present and not null.
+
+    Raises:
+        DataError: a missing field, a wrong type, a log-prob that is positive or not finite, lengths that differ.
+    """
+    name = f"{where} (id {row['id']!r})" if "id" in row else where
+    for key in required:
+        if row.get(key) is None:
+            raise DataError(f"{name}: no {key!r}", f"the fields {', '.join(required)}", "add it to the row")
+    values: dict[str, Any] = {"prompt_token_ids": [], "token_ids": [], "logprobs": []}
+    values.update({key: value for key, value in row.items() if key in _FIELDS and value is not None})
+    for key in ("id", "group"):
+        if isinstance(values.get(key), int) and not isinstance(values[key], bool):
+            values[key] = str(values[key])
+        if not isinstance(values.get(key), str):
+            raise DataError(f"{name}: {key} = {values.get(key)!r}", "a string", "quote it")
+    _check_bool(values, "correct", name)
+    _check_bool(values, "masked", name)
+    if "reward" in values and not _is_number(values["reward"]):
+        raise DataError(f"{name}: reward = {values['reward']!r}", "a finite number", "mend the row")
+    if values.get("finish_reason", "stop") not in ("stop", "length"):
+        raise DataError(f"{name}: finish_reason = {values['finish_reason']!r}", "'stop' or 'length'", "mend the row")
+    for key in ("prompt_token_ids", "token_ids"):
+        if not isinstance(values[key], list) or not all(type(item) is int and item >= 0 for item in values[key]):
+            raise DataError(f"{name}: {key} is not a list of token ids", "a list of integers >= 0", "mend the row")
+    _check_logprobs(values, "logprobs", name)
+    _check_logprobs(values, "teacher_logprobs", name)
+    length = len(values["logprobs"])
+    for key in ("token_ids", "teacher_logprobs", "loss_mask"):
+        if values.get(key) and len(values[key]) != length:
+            raise DataError(f"{name}: {len(values[key])} {key} and {length} logprobs", "one of each a response token",
+                            "score the same tokens")  # fmt: skip
+    return Rollout(**values)
+
+
+def iter_jsonl(path: str | Path | IO[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (1-based line number, object) of every line that is not blank.
+
+    Raises:
+        DataError: missing or unreadable file, not UTF-8, bad JSON, NaN or infinity, a line that is no object.
+    """
+    if not isinstance(path, (str, Path)):
+        yield from _lines(path, "standard input")
+        return
+    source = Path(path)
+    try:
+        with source.open(encoding="utf-8") as stream:
+            yield from _lines(stream, str(source))
+    except FileNotFoundError:
+        raise DataError(f"{source}: no such file", "a JSONL file", "check the path") from None
+    except IsADirectoryError:
+        raise DataError(f"{source} is a folder", "a JSONL file", "name the file itself") from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{source}: {error.reason} at byte {error.start} (not UTF-8)", "UTF-8 text", "re-save it"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{source}: {error.strerror}", "a readable file", "check its permissions") from None
+
+
+def write_jsonl(path: str | Path, objects: Iterable[Any], *, append: bool = False) -> None:
+    """Write one strict JSON object a line."""
+    with Path(path).open("a" if append else "w", encoding="utf-8") as stream:
+        stream.writelines(dumps(item) + "\n" for item in objects)
+
+
+def _lines(stream: IO[str], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(stream, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, parse_constant=_refuse)
+        except _NotStrict as error:
+            raise DataError(f"{name} line {number}: {error}", "finite numbers or null", "mend the line") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(
+                f"{name} line {number}: not JSON ({error})", "one JSON object a line", "mend the line"
+            ) from None
+        if not isinstance(row, dict):
+            raise DataError(f"{name} line {number}: {type(row).__name__}", "a JSON object", "one object a line")
+        yield number, row
+
+
+class _NotStrict(ValueError):
+    pass
+
+
+def _refuse(constant: str) -> None:
+    raise _NotStrict(constant)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_bool(values: dict[str, Any], key: str, name: str) -> None:
+    if key in values and not isinstance(values[key], bool):
+        raise DataError(f"{name}: {key} = {values[key]!r}", "true or false", "use JSON booleans")
+
+
+def _check_logprobs(values: dict[str, Any], key: str, name: str) -> None:
+    if key not in values:
+        return
+    numbers = values[key]
+    if not isinstance(numbers, list) or not numbers:
+        raise DataError(f"{name}: {key} is {'empty' if numbers == [] else type(numbers).__name__}",
+                        "a list with one log-prob a response token", "mend the row")  # fmt: skip
+    for position, number in enumerate(numbers):
+        if not _is_number(number) or number > _SLACK:
+            raise DataError(f"{name}: {key}[{position}] = {number!r}", "a finite log-prob <= 0", "mend the row")
