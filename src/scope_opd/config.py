@@ -1,7 +1,7 @@
 """The config of a run: typed tables, strict keys, presets, and the rules that hold between settings.
 
 Every table is a pydantic model that refuses unknown keys (with the nearest known name). Mistakes become a
-``ConfigError`` with the value found, the value expected and the remedy. Nothing here touches a file system, a model or a device: what
+``ConfigError`` with the value found, the value expected and the remedy. Nothing here touches a model or a device: what
 exists is checked where it is opened. Secrets never live in a config: fields name the environment variable or file that
 holds them.
 """

@@ -1,4 +1,4 @@
-"""Routing and credit: from judged, scored rollouts to the two numbers of each. Shared by training and ``scope weights``."""
+"""Routing and credit: from judged, scored rollouts to the two numbers of each (training and ``scope weights``)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from scope_opd.errors import DataError
-from scope_opd.objective.methods import Group, Method
+from scope_opd.objective.methods import Group, Method, RowError
 from scope_opd.types import Rollout
 
 Truncated = Literal["ignore", "incorrect"]

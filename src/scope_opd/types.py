@@ -45,7 +45,7 @@ class SamplingParams:
         max_tokens: response tokens at most, the end token included.
         top_p, top_k, repetition_penalty: 1.0, 0 and 1.0 switch them off. Evaluation only: training refuses them.
         stop_token_ids: any of these ends a response and is its last token.
-        seed: the run's seed. Token t of a sample depends on (seed, step, prompt id, sample index, t) and the model alone.
+        seed: the run's seed. Token t of a sample is a function of (seed, step, prompt id, sample, t) and the model.
     """
 
     n: int

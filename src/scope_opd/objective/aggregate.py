@@ -47,9 +47,7 @@ def coefficients(
 
     def divide(numbers: Tensor, by: Tensor) -> Tensor:
         wanted = live & (by > 0).expand_as(live)
-        return torch.where(
-            wanted, numbers.double() / by.clamp_min(1e-300), torch.zeros_like(numbers, dtype=torch.float64)
-        )
+        return torch.where(wanted, numbers.double() / by.clamp_min(1e-300), 0.0)
 
     by_reinforce, by_distill = denominators[aggregation]
     return divide(reinforce, by_reinforce), divide(distill, by_distill)

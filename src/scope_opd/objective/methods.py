@@ -21,6 +21,14 @@ Aggregation = Literal["prompt", "token", "sequence", "released"]
 GRPO_EPS = 1e-6
 
 
+class RowError(ValueError):
+    """A bad value in one row of a group; callers that know the rollout's id name it."""
+
+    def __init__(self, row: int, found: str, expected: str) -> None:
+        self.row, self.found, self.expected = row, found, expected
+        super().__init__(f"row {row}: {found}; expected {expected}")
+
+
 @dataclass(frozen=True)
 class Group:
     """What a method may know of one prompt's n rollouts.
@@ -35,7 +43,8 @@ class Group:
         masked: [n] bool, rollouts that take no part (truncated and ignored, no verdict).
 
     Raises:
-        ValueError: differing lengths, or a number that is not finite where it is needed (with its row).
+        RowError: a number that is not finite where it is needed.
+        ValueError: differing shapes.
     """
 
     rewards: Tensor
@@ -59,7 +68,7 @@ class Group:
             bad = (needed & ~torch.isfinite(values)).nonzero()
             if bad.numel():
                 row = int(bad[0])
-                raise ValueError(f"row {row}: {name} = {float(values[row])}; expected a finite number")
+                raise RowError(row, f"{name} = {float(values[row])}", "a finite number")
 
     @property
     def live(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Group weights from perplexities (paper Eq. 4 and 5) and the effective sample size that says whether they do anything."""
+"""Group weights from perplexities (paper Eq. 4 and 5), and the effective sample size that says if they do anything."""
 
 from __future__ import annotations
 
