@@ -93,10 +93,9 @@ def _credit_group(rollouts: list[Rollout], verdicts: list[bool | None], method: 
     )
     try:
         credit = method.credit(group)
-    except ValueError as error:
-        raise DataError(
-            f"group {rollouts[0].group!r}: {error}", "finite signals", "see the rollouts' records"
-        ) from None
+    except RowError as error:
+        found = f"rollout {rollouts[error.row].id!r}: {error.found}"
+        raise DataError(found, error.expected, "see its record") from None
     for row, (rollout, verdict) in enumerate(zip(rollouts, verdicts, strict=True)):
         rollout.masked = bool(credit.masked[row])
         rollout.reinforce = 0.0 if rollout.masked else float(credit.reinforce[row])

@@ -36,18 +36,20 @@ def coefficients(
     live = ~masked
     tokens = lengths.double() * live
     total = tokens.sum()
+    prompts = torch.tensor(float(groups[live].unique().numel()), dtype=torch.float64)
+    per_rollout = live.sum() * lengths.double()
     denominators: dict[str, tuple[Tensor, Tensor]] = {
-        "prompt": (groups[live].unique().numel() * torch.ones(()).double(),) * 2,
+        "prompt": (prompts, prompts),
         "token": (total, total),
-        "sequence": (live.sum() * lengths.double(),) * 2,
+        "sequence": (per_rollout, per_rollout),
         "released": ((tokens * (reinforce != 0)).sum(), total),
     }
     if aggregation not in denominators:
         raise ValueError(f"aggregation = {aggregation!r}; expected one of {', '.join(denominators)}")
 
     def divide(numbers: Tensor, by: Tensor) -> Tensor:
-        wanted = live & (by > 0).expand_as(live)
-        return torch.where(wanted, numbers.double() / by.clamp_min(1e-300), 0.0)
+        by = by.expand_as(numbers)
+        return torch.where(live & (by > 0), numbers.double() / by.clamp_min(1.0), 0.0)
 
     by_reinforce, by_distill = denominators[aggregation]
     return divide(reinforce, by_reinforce), divide(distill, by_distill)
