@@ -1,0 +1,56 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`. The rest is for those who change things.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# One torch thread a test process: small models gain nothing from more, and the processes would fight over the cores.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+
+.PHONY: help install demo test check lint types imports kill-test bench wheel clean
+.DEFAULT_GOAL := help
+
+help:  ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@# torch first and by its exact pin: a range may pull a build with gigabytes of CUDA libraries.
+	$(PIP) install $$(grep '^torch==' constraints.txt)
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(PIP) install -c constraints.txt -e '.[test]'
+	@touch $@
+
+install: $(VENV)/.base  ## Make .venv and install the package into it.
+
+demo: $(VENV)/.base  ## Train SCOPE and its rivals on the embedded task, then write a report (about 5 minutes on 2 cores).
+	$(BIN)/scope demo --out runs/demo
+
+test: $(VENV)/.test  ## Run the test suite.
+	$(PYTEST) -n 2 --dist worksteal
+
+check: lint types imports test  ## Everything that CI runs.
+
+lint: $(VENV)/.test  ## Style and formatting.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test  ## Static types.
+	$(BIN)/mypy
+
+imports: $(VENV)/.test  ## Which room may import which.
+	$(BIN)/lint-imports
+
+kill-test: $(VENV)/.test  ## Kill training runs in every phase, resume them and compare bit by bit (minutes).
+	SCOPE_KILLS=20 $(PYTEST) -s tests/test_kill.py
+
+bench: $(VENV)/.test  ## Step time by stage and the sampler against transformers' generate.
+	$(BIN)/python benchmarks/pipeline.py
+
+wheel: $(VENV)/.test  ## Build the wheel into dist/.
+	$(PIP) wheel --no-deps -w dist .
+
+clean:  ## Remove the environment and build products (not runs/).
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
