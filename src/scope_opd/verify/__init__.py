@@ -1,0 +1,4 @@
+"""The verifiers: what decides whether a response is right, and so which path it takes.
+
+``boxed`` compares the last boxed answer as text. The zoo brings its own verifier for its own task.
+"""
