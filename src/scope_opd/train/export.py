@@ -1,0 +1,112 @@
+"""The final student as a Hugging Face folder with its tokenizer and a model card."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scope_opd.config import Config
+from scope_opd.errors import RunFailed
+from scope_opd.train.runfolder import replace_folder
+
+_SETTINGS = (
+    "objective.method", "objective.preset", "objective.tau", "objective.student_weight", "objective.teacher_weight",
+    "objective.scale", "objective.truncated", "objective.distill", "objective.temperature", "rollout.n",
+    "rollout.temperature", "rollout.max_tokens", "train.steps", "train.prompts_per_step", "train.optimizer", "train.lr",
+    "train.schedule", "train.weight_decay", "train.param_dtype", "run.seed",
+)  # fmt: skip
+
+
+def export_model(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    *,
+    config: Config,
+    steps: int,
+    metrics: Mapping[str, Any],
+    evaluations: Sequence[Mapping[str, Any]],
+) -> Path:
+    """Write what ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` load.
+
+    Args:
+        folder: replaced as a whole when the new one is complete.
+        model: a transformers model.
+        tokenizer: its tokenizer.
+        config, steps, metrics, evaluations: for the card; the last metrics row and the rows of eval.jsonl.
+
+    Raises:
+        RunFailed: it could not be written (a full disk ...).
+    """
+    writing = folder.with_name(f".writing-{folder.name}")
+    try:
+        shutil.rmtree(writing, ignore_errors=True)
+        model.save_pretrained(writing)
+        tokenizer.save_pretrained(writing)
+        (writing / "README.md").write_text(model_card(config, steps, metrics, evaluations), encoding="utf-8")
+        replace_folder(writing, folder)
+    except Exception as error:  # whatever save_pretrained raises on a full disk; it has several kinds
+        shutil.rmtree(writing, ignore_errors=True)
+        raise RunFailed(
+            f"export {folder} could not be written: {error}",
+            "room for it on the disk",
+            "the run itself is complete: free some space and continue with --resume to write the export",
+        ) from error
+    return folder
+
+
+def model_card(config: Config, steps: int, metrics: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """The card's Markdown: where the model comes from, its settings, and the figures it reached."""
+    values = _flat(config)
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [scope, on-policy-distillation]",
+        "---",
+        "",
+        f"# Student after {steps} steps of `{config.objective.method}`",
+        "",
+        f"Trained with scope-opd from `{config.model.path}`, with `{config.teacher.path}` as the teacher, on "
+        f"`{config.data.train}`. Method: arXiv 2604.10688.",
+        "",
+        "## Settings",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *[f"| `{name}` | {values[name]} |" for name in _SETTINGS if values.get(name) is not None],
+        "",
+        "## Figures",
+        "",
+    ]
+    if evaluations:
+        lines += ["| after step | temperature | problems | n | avg@n | pass@k |", "|---|---|---|---|---|---|"]
+        for row in evaluations:
+            passes = row.get("pass@k")
+            shown = ", ".join(f"{k}: {_figure(v)}" for k, v in passes.items()) if isinstance(passes, dict) else ""
+            figures = [row.get("step"), row.get("temperature"), row.get("problems"), row.get("n"), row.get("avg@k")]
+            lines.append("| " + " | ".join([*map(_figure, figures), shown]) + " |")
+    else:
+        lines.append("No held-out evaluation was run.")
+    if metrics:
+        lines += [
+            "",
+            f"On the last training batch (its rollouts, not held out): accuracy {_figure(metrics.get('accuracy'))}, "
+            f"entropy {_figure(metrics.get('entropy'))}.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _figure(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return {
+        f"{table}.{key}": value for table, values in config.model_dump(mode="json").items()
+        for key, value in values.items()
+    }  # fmt: skip
