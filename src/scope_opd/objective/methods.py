@@ -113,8 +113,10 @@ def register(name: str) -> Callable[[MethodClass], MethodClass]:
     """
 
     def add(cls: MethodClass) -> MethodClass:
-        if name in _METHODS and _METHODS[name].__qualname__ != cls.__qualname__:
-            raise ValueError(f"method {name!r} is already registered by {_METHODS[name].__qualname__}")
+        holder = _METHODS.get(name, cls)
+        # A module that is loaded again may register its own class again; nobody else may take the name.
+        if (holder.__module__, holder.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"method {name!r} is already registered by {holder.__module__}.{holder.__qualname__}")
         missing = [part for part in ("credit", "needs_teacher", "sampled_by", "aggregation", "clip", "dual_clip")
                    if not hasattr(cls, part)]  # fmt: skip
         if missing or not dataclasses.is_dataclass(cls):

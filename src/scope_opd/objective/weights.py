@@ -49,7 +49,11 @@ def softmax_weights(nll: Tensor, tau: float, direction: Direction, scale: Scale 
         bad = (~torch.isfinite(nll)).nonzero()
         if bad.numel():
             raise ValueError(f"row {int(bad[0])}: NLL = {float(nll[bad[0]])}; expected a finite number")
-        weights = torch.softmax(sign * nll.double() / tau, dim=0)
+        score = sign * nll.double()
+        # The maximum goes before the division, so that no tau overflows; the clamp keeps a weight that underflows from
+        # becoming 0, which elsewhere means "not on this path".
+        score = (score - score.max()) / tau if count else score
+        weights = torch.softmax(score, dim=0).clamp_min(torch.finfo(torch.float64).tiny)
     return weights * count if scale == "mean" else weights
 
 
