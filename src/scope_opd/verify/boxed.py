@@ -3,7 +3,7 @@ r"""Exact match on the last balanced ``\boxed{}``, after a light normalisation.
 The answer of a response is what stands in its last box whose braces balance; of boxes inside a box the outermost
 counts. Escaped braces (``\{``) are text. It is right if it equals the gold answer after both are normalised. These make
 no difference: white space that separates nothing, surrounding ``$``, ``\(``, ``\[``, surrounding ``{}`` or ``\text{}``
-(and its kind), spacing commands, ``\left``/``\right``, ``\dfrac``/``\tfrac``, a final full stop, and the writing of plain
+(and its kind), spacing commands, ``\left``/``\right``, ``\dfrac``/``\tfrac``, a final full stop, the writing of plain
 decimals (``5.0`` is ``5``, ``+3`` is ``3``). Everything else does: ``1/2`` is not ``0.5``.
 
 Not covered: mathematical equality, units, sets, several gold answers, ``\boxed 5`` without braces, thinking blocks.

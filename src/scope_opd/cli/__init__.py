@@ -1,0 +1,1 @@
+"""The command line: the only room that builds engines from a config. Commands are imported when they are called."""

@@ -1,0 +1,3 @@
+def demo() -> int:
+    """Placeholder."""
+    return 0

@@ -1,0 +1,91 @@
+"""``scope zoo``: the embedded task and its two models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cyclopts import App
+
+app = App(name="zoo", help="The embedded task: list it, copy it, build it anew.", help_format="plaintext")
+
+
+@app.command(name="list")
+def list_zoo() -> int:
+    """List what is shipped: models and data, with sizes and paths.
+
+    Examples:
+      scope zoo list
+    """
+    from scope_opd.zoo import data_path, model_path
+
+    for name in ("student", "teacher"):
+        folder = model_path(name)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        shape = f"{config['num_hidden_layers']} layers of {config['hidden_size']}"
+        print(f"zoo:{name:8} {config['model_type']}, {shape}, {size / 1e6:.1f} MB  {folder}")
+    for split in ("train", "heldout"):
+        path = data_path(split)
+        rows = len(path.read_text(encoding="utf-8").splitlines())
+        print(f"zoo:{split:8} {rows} rows  {path}")
+    return 0
+
+
+@app.command
+def copy(folder: Path, /) -> int:
+    """Copy the shipped models and data to a folder of yours.
+
+    Examples:
+      scope zoo copy zoo
+      scope train CONFIG.toml --set model.path=zoo/student --set data.train=zoo/train.jsonl
+
+    Parameters
+    ----------
+    folder
+        Where to; it must not exist or be empty.
+    """
+    from scope_opd.zoo import data_path, model_path
+
+    _require_empty(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("student", "teacher"):
+        shutil.copytree(model_path(name), folder / name)
+    for split in ("train", "heldout"):
+        shutil.copyfile(data_path(split), folder / f"{split}.jsonl")
+    print(f"copied the zoo to {folder}")
+    return 0
+
+
+@app.command
+def build(*, out: Path, seed: int = 0) -> int:
+    """Train the zoo's teacher and student from nothing (at most 15 minutes on 2 cores).
+
+    Prints the figures that they reach.
+
+    Examples:
+      scope zoo build --out zoo-new
+      scope zoo build --out zoo-7 --seed 7
+
+    Parameters
+    ----------
+    out
+        Where to; it must not exist or be empty.
+    seed
+        Everything follows from it (on one kind of processor, one torch version and thread count).
+    """
+    from scope_opd.zoo.build import build as build_zoo
+
+    _require_empty(out)
+    figures: Any = build_zoo(out, seed=seed, progress=lambda line: print(line, flush=True))
+    print(json.dumps(figures, indent=2, default=str))
+    return 0
+
+
+def _require_empty(folder: Path) -> None:
+    from scope_opd.errors import RunFolderError
+
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise RunFolderError(f"{folder} exists", "a new or empty folder", "name another, or move it away")
