@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +18,29 @@ from scope_opd.types import Rollout
 
 _FIELDS = {field.name for field in dataclasses.fields(Rollout)}
 _REQUIRED = ("id", "group", "prompt_token_ids", "token_ids", "logprobs")
-_SLACK = 1e-3  # engines round: a log-prob a hair above 0 is a 0
+_SLACK = 1e-3  # engines round: a log-prob a hair above 0 stands for 0
+# Field -> (what it must be, the test of it), for fields without a rule of their own.
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "correct": ("true or false", lambda value: isinstance(value, bool)),
+    "masked": ("true or false", lambda value: isinstance(value, bool)),
+    "reward": ("a finite number", lambda value: _is_number(value)),
+    "reinforce": ("a finite number", lambda value: _is_number(value)),
+    "distill": ("a finite number", lambda value: _is_number(value)),
+    "finish_reason": ("'stop' or 'length'", lambda value: value in ("stop", "length")),
+    "text": ("a string", lambda value: isinstance(value, str)),
+    "extracted": ("a string", lambda value: isinstance(value, str)),
+    "mask_reason": ("a string", lambda value: isinstance(value, str)),
+    "policy_version": ("an integer >= 0", lambda value: type(value) is int and value >= 0),
+    "sample": ("an integer >= 0", lambda value: type(value) is int and value >= 0),
+    "step": ("an integer >= 0", lambda value: type(value) is int and value >= 0),
+    "sampling": ("an object", lambda value: isinstance(value, dict)),
+    "teacher_topk": ("a list of objects", lambda value: _is_list_of(value, dict)),
+    "policy_versions": ("a list of lists", lambda value: _is_list_of(value, list)),
+    "loss_mask": (
+        "a list of 0 and 1",
+        lambda value: isinstance(value, list) and all(type(item) is int and item in (0, 1) for item in value),
+    ),
+}
 
 
 def dumps(value: Any) -> str:
@@ -62,20 +84,17 @@ def rollout_from_dict(row: dict[str, Any], *, where: str, required: Iterable[str
             values[key] = str(values[key])
         if not isinstance(values.get(key), str):
             raise DataError(f"{name}: {key} = {values.get(key)!r}", "a string", "quote it")
-    _check_bool(values, "correct", name)
-    _check_bool(values, "masked", name)
-    if "reward" in values and not _is_number(values["reward"]):
-        raise DataError(f"{name}: reward = {values['reward']!r}", "a finite number", "mend the row")
-    if values.get("finish_reason", "stop") not in ("stop", "length"):
-        raise DataError(f"{name}: finish_reason = {values['finish_reason']!r}", "'stop' or 'length'", "mend the row")
+    for key, (expected, holds) in _RULES.items():
+        if key in values and not holds(values[key]):
+            raise DataError(f"{name}: {key} = {_short(values[key])}", expected, "mend the row")
     for key in ("prompt_token_ids", "token_ids"):
         if not isinstance(values[key], list) or not all(type(item) is int and item >= 0 for item in values[key]):
             raise DataError(f"{name}: {key} is not a list of token ids", "a list of integers >= 0", "mend the row")
     _check_logprobs(values, "logprobs", name)
     _check_logprobs(values, "teacher_logprobs", name)
     length = len(values["logprobs"])
-    for key in ("token_ids", "teacher_logprobs", "loss_mask"):
-        if values.get(key) and len(values[key]) != length:
+    for key in ("token_ids", "teacher_logprobs", "loss_mask", "teacher_topk"):
+        if row.get(key) is not None and len(values[key]) != length:
             raise DataError(f"{name}: {len(values[key])} {key} and {length} logprobs", "one of each a response token",
                             "score the same tokens")  # fmt: skip
     return Rollout(**values)
@@ -92,16 +111,12 @@ def iter_jsonl(path: str | Path | IO[str]) -> Iterator[tuple[int, dict[str, Any]
         return
     source = Path(path)
     try:
-        with source.open(encoding="utf-8") as stream:
+        with source.open("rb") as stream:
             yield from _lines(stream, str(source))
     except FileNotFoundError:
         raise DataError(f"{source}: no such file", "a JSONL file", "check the path") from None
     except IsADirectoryError:
         raise DataError(f"{source} is a folder", "a JSONL file", "name the file itself") from None
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{source}: {error.reason} at byte {error.start} (not UTF-8)", "UTF-8 text", "re-save it"
-        ) from None
     except OSError as error:
         raise DataError(f"{source}: {error.strerror}", "a readable file", "check its permissions") from None
 
@@ -112,15 +127,22 @@ def write_jsonl(path: str | Path, objects: Iterable[Any], *, append: bool = Fals
         stream.writelines(dumps(item) + "\n" for item in objects)
 
 
-def _lines(stream: IO[str], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _lines(stream: Iterable[str | bytes], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line, parse_constant=_refuse)
+            text = line.decode("utf-8") if isinstance(line, bytes) else line
+            row = json.loads(text, parse_constant=_refuse)
         except _NotStrict as error:
             raise DataError(f"{name} line {number}: {error}", "finite numbers or null", "mend the line") from None
-        except (json.JSONDecodeError, RecursionError) as error:
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{name} line {number}: {error.reason} at its byte {error.start} (not UTF-8)",
+                "UTF-8 text",
+                "re-save it",
+            ) from None
+        except (ValueError, RecursionError) as error:  # ValueError: bad JSON, or an integer of thousands of digits
             raise DataError(
                 f"{name} line {number}: not JSON ({error})", "one JSON object a line", "mend the line"
             ) from None
@@ -138,12 +160,19 @@ def _refuse(constant: str) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the floats
+        return False
 
 
-def _check_bool(values: dict[str, Any], key: str, name: str) -> None:
-    if key in values and not isinstance(values[key], bool):
-        raise DataError(f"{name}: {key} = {values[key]!r}", "true or false", "use JSON booleans")
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
 def _check_logprobs(values: dict[str, Any], key: str, name: str) -> None:
@@ -155,4 +184,4 @@ def _check_logprobs(values: dict[str, Any], key: str, name: str) -> None:
                         "a list with one log-prob a response token", "mend the row")  # fmt: skip
     for position, number in enumerate(numbers):
         if not _is_number(number) or number > _SLACK:
-            raise DataError(f"{name}: {key}[{position}] = {number!r}", "a finite log-prob <= 0", "mend the row")
+            raise DataError(f"{name}: {key}[{position}] = {_short(number)}", "a finite log-prob <= 0", "mend the row")
