@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -68,22 +69,39 @@ def assign_credit(
         Each rollout's verdict as ``verdict_of`` gives it, in order.
 
     Raises:
-        DataError: a number that is not finite, naming the rollout.
+        DataError: a number that is not finite, on a masked rollout too (it tells of an engine that is ill), naming the
+            rollout.
     """
+    for rollout in rollouts:
+        _check_finite(rollout)
     verdicts = [verdict_of(r, truncated=truncated, reward_threshold=reward_threshold) for r in rollouts]
     members: dict[str, list[int]] = {}
     for index, rollout in enumerate(rollouts):
         members.setdefault(rollout.group, []).append(index)
     for indices in members.values():
-        _credit_group([rollouts[i] for i in indices], [verdicts[i] for i in indices], method)
+        _credit_group([rollouts[i] for i in indices], [verdicts[i] for i in indices], method, reward_threshold)
     return verdicts
 
 
-def _credit_group(rollouts: list[Rollout], verdicts: list[bool | None], method: Method) -> None:
+def _check_finite(rollout: Rollout) -> None:
+    numbers = {"logprobs": rollout.logprobs, "teacher_logprobs": rollout.teacher_logprobs, "reward": rollout.reward}
+    for name, value in numbers.items():
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        # A sum of floats is finite only if each of them is: one pass in C for the usual case.
+        if not math.isfinite(sum(values)):
+            bad = next((number for number in values if not math.isfinite(number)), sum(values))
+            raise DataError(f"rollout {rollout.id!r}: {name} = {bad}", "finite numbers", "see its record")
+
+
+def _credit_group(
+    rollouts: list[Rollout], verdicts: list[bool | None], method: Method, reward_threshold: float
+) -> None:
     teacher = [teacher_nll(rollout) for rollout in rollouts]
     lengths = torch.tensor([trained_tokens(rollout) for rollout in rollouts])
     group = Group(
-        rewards=torch.tensor([_reward(r, v) for r, v in zip(rollouts, verdicts, strict=True)], dtype=torch.float64),
+        rewards=torch.tensor(
+            [_reward(r, v, reward_threshold) for r, v in zip(rollouts, verdicts, strict=True)], dtype=torch.float64
+        ),
         correct=torch.tensor([verdict is True for verdict in verdicts]),
         nll_student=torch.tensor([student_nll(rollout) for rollout in rollouts], dtype=torch.float64),
         nll_teacher=torch.tensor([float("nan") if nll is None else nll for nll in teacher], dtype=torch.float64),
@@ -97,22 +115,30 @@ def _credit_group(rollouts: list[Rollout], verdicts: list[bool | None], method: 
         found = f"rollout {rollouts[error.row].id!r}: {error.found}"
         raise DataError(found, error.expected, "see its record") from None
     for row, (rollout, verdict) in enumerate(zip(rollouts, verdicts, strict=True)):
-        rollout.masked = bool(credit.masked[row])
+        rollout.masked = bool(credit.masked[row] | group.masked[row])
         rollout.reinforce = 0.0 if rollout.masked else float(credit.reinforce[row])
         rollout.distill = 0.0 if rollout.masked else float(credit.distill[row])
-        rollout.mask_reason = _mask_reason(rollout, verdict) if rollout.masked else None
+        rollout.mask_reason = _mask_reason(rollout, verdict, method) if rollout.masked else None
+        if not math.isfinite(rollout.reinforce + rollout.distill):
+            found = f"rollout {rollout.id!r}: reinforce = {rollout.reinforce}, distill = {rollout.distill}"
+            raise DataError(found, "finite numbers", "mend the method's credit()")
 
 
-def _reward(rollout: Rollout, verdict: bool | None) -> float:
-    """The reward as given; without one, or when a truncated rollout counts as incorrect, the verdict as 0 or 1."""
-    if rollout.reward is None or rollout.finish_reason == "length":
+def _reward(rollout: Rollout, verdict: bool | None, threshold: float) -> float:
+    """The reward as given; without one, the verdict as 0 or 1.
+
+    A truncated rollout that counts as incorrect keeps a reward that says so (-1 stays -1) and has 0 for any other.
+    """
+    if rollout.reward is None:
         return float(verdict is True)
+    if rollout.finish_reason == "length" and rollout.reward >= threshold:
+        return 0.0
     return rollout.reward
 
 
-def _mask_reason(rollout: Rollout, verdict: bool | None) -> str:
+def _mask_reason(rollout: Rollout, verdict: bool | None, method: Method) -> str:
     if trained_tokens(rollout) == 0:
         return "empty"
     if verdict is None:
         return "truncated" if rollout.finish_reason == "length" else "no_verdict"
-    return "unscored" if rollout.teacher_logprobs is None else "method"
+    return "unscored" if rollout.teacher_logprobs is None and method.needs_teacher(verdict) else "method"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from scope_opd.credit import Truncated, verdict_of
@@ -181,9 +181,11 @@ class Pipeline:
         if on_phase:
             on_phase("generation")
         start = time.perf_counter()
+        error: BaseException | None = None
+        source = self.sampler.sample(prompts, params, step=step, policy_version=policy_version)
         try:
             async with asyncio.TaskGroup() as tasks:
-                async for rollout in self.sampler.sample(prompts, params, step=step, policy_version=policy_version):
+                async for rollout in source:
                     await places.acquire()
                     finished += 1
                     state.stats.generated_tokens += len(rollout.token_ids)
@@ -192,7 +194,13 @@ class Pipeline:
                     tasks.create_task(handle(rollout))
                 state.stats.generation_s = time.perf_counter() - start
         except BaseExceptionGroup as group:
-            raise _first(group) from None
+            error = _first(group)
+        finally:
+            # A sampler that is left in mid-stream would clean up only when it is collected as garbage.
+            if isinstance(source, AsyncGenerator):
+                await source.aclose()
+        if error is not None:
+            raise error  # outside the handler, so that it keeps its own cause and context
         if state.waiting:
             if on_phase:
                 on_phase("scoring")
@@ -228,6 +236,9 @@ class Pipeline:
             state.stats.floored_tokens += score.floored
             if score.logprobs is None:
                 state.stats.unscored += 1
+            elif len(score.logprobs) != len(rollout.token_ids):
+                found = f"rollout {rollout.id!r}: the teacher gave {len(score.logprobs)} log-probs"
+                raise ScopeError(found, f"{len(rollout.token_ids)}, one a response token", "compare the tokenizers")
             else:
                 state.stats.scored_rollouts += 1
                 state.stats.scored_tokens += len(score.logprobs)

@@ -98,7 +98,7 @@ def full_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     log_p = torch.log_softmax(student_logits, dim=-1)
     log_q = torch.log_softmax(teacher_logits, dim=-1).detach()
     p = log_p.exp()
-    # where() inside the product: an id that cannot be drawn has log-ratio -inf or NaN, and 0 times that has a NaN gradient.
+    # where() inside the product: an id that cannot be drawn has log-ratio -inf, and 0 times that has a NaN gradient.
     log_ratio = torch.where(p > 0, log_p - log_q, torch.zeros_like(p))
     return (p * log_ratio).sum(dim=-1)
 
