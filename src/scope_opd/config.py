@@ -23,6 +23,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 AlarmAction = Literal["off", "warn", "stop"]
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -34,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "aggregation": "prompt",
         "truncated": "incorrect",
     },
-    # What the release's run scripts do: w = n_path * softmax(-NLL/tau) on both paths (METHOD: defects 1, 2, 5, 7).
+    # What the release's run scripts do: w = n_path * softmax(-NLL/tau) on both paths.
     "as_released": {
         "student_weight": "inverse_ppl",
         "teacher_weight": "inverse_ppl",
@@ -146,7 +147,7 @@ class ObjectiveConfig(Table):
     teacher_weight: Literal["inverse_ppl", "uniform", "ppl"] = "inverse_ppl"
     scale: Literal["sum", "mean"] = "sum"
     truncated: Literal["ignore", "incorrect"] = "ignore"
-    reward_threshold: float = 0.5
+    reward_threshold: Annotated[float, Field(allow_inf_nan=False)] = 0.5
     beta: NonNegativeFloat = 1.0
     distill: Literal["sampled", "full_kl"] = "sampled"
     temperature: Literal["matched", "released", "raw"] = "matched"
@@ -161,9 +162,8 @@ class ObjectiveConfig(Table):
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("preset") in PRESETS:
-            return {**PRESETS[values["preset"]], **values}
-        return values
+        preset = values.get("preset") if isinstance(values, dict) else None
+        return {**PRESETS[preset], **values} if isinstance(preset, str) and preset in PRESETS else values
 
 
 class TrainConfig(Table):
@@ -183,7 +183,7 @@ class TrainConfig(Table):
     warmup_steps: NonNegativeInt = 0
     min_lr_ratio: Share = 0.0
     weight_decay: NonNegativeFloat = 0.01
-    betas: tuple[Share, Share] = (0.9, 0.99)
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
     eps: PositiveFloat = 1e-8
     grad_clip: PositiveFloat | None = 1.0
     updates_per_batch: PositiveInt = 1
@@ -212,7 +212,7 @@ class EvalConfig(Table):
     at_end: bool = False
     problems: PositiveInt = 200
     n: PositiveInt = 8
-    temperatures: list[PositiveFloat] = Field(default_factory=lambda: [0.6])
+    temperatures: list[PositiveFloat] = Field(default_factory=lambda: [0.6], min_length=1)
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: NonNegativeInt = 0
     repetition_penalty: PositiveFloat = 1.0
@@ -348,6 +348,8 @@ def _explain(error: ValidationError) -> ConfigError:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return ConfigError(message + also)
+    if problem["type"] == "missing":  # only an element of a list can be missing: every key has a default
+        return ConfigError(f"{'.'.join(location[:-1])} = {problem['input']!r}", "more elements", f"add them{also}")
     expected = message.removeprefix("Input should be ").removeprefix("a valid ")
     return ConfigError(f"{name} = {problem['input']!r}", expected, f"change {name}{also}")
 
