@@ -15,12 +15,11 @@ class TensorBoardTracker:
     name = "tensorboard"
 
     def __init__(self, run: RunDescription) -> None:
-        # mypy: torch's writer carries no annotations
-        self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step or None)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step or None)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for key, value in metrics.items():
-            self._writer.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(key, value, step)
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()

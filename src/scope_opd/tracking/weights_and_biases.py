@@ -1,4 +1,4 @@
-"""Weights & Biases, online or offline as ``WANDB_MODE`` says; the key comes from wandb's own places, never from here."""
+"""Weights & Biases, online or offline as ``WANDB_MODE`` says; its key comes from wandb's own places."""
 
 from __future__ import annotations
 

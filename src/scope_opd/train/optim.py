@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from scope_opd.config import TrainConfig
 
@@ -96,9 +97,8 @@ class Optimizer:
 
 
 def _hidden_matrices(model: nn.Module, parameters: Iterable[Tensor]) -> list[Tensor]:
-    """2-D parameters that are neither an embedding nor the output head (Muon is meant for maps between hidden states)."""
+    """2-D parameters that are neither an embedding nor the output head: Muon is for maps between hidden states."""
     outer = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is not None:
+    if isinstance(model, PreTrainedModel) and (head := model.get_output_embeddings()) is not None:
         outer.add(id(head.weight))
     return [parameter for parameter in parameters if parameter.ndim == 2 and id(parameter) not in outer]

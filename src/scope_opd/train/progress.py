@@ -15,8 +15,9 @@ _NAMES = {"forward_backward": "update", "optimiser": "update"}
 
 
 class Display(Protocol):
-    """How the loop reports."""
+    """How the loop reports. ``begin`` says how many steps are behind; ``close`` may come without it."""
 
+    def begin(self, done: int) -> None: ...
     def phase(self, step: int, phase: str) -> None: ...
     def inside(self, done: int, total: int) -> None: ...
     def step(self, metrics: Mapping[str, Any]) -> None: ...
@@ -24,11 +25,11 @@ class Display(Protocol):
     def close(self) -> None: ...
 
 
-def open_display(live: bool | None, *, steps: int, start: int) -> Display:
+def open_display(live: bool | None, *, steps: int) -> Display:
     """A ``LiveDisplay`` on a terminal (or if ``live`` is True), else a ``PlainDisplay``."""
     console = Console(stderr=True)
     wanted = console.is_terminal if live is None else live
-    return LiveDisplay(console, steps, start) if wanted else PlainDisplay(console, steps, start)
+    return LiveDisplay(console, steps) if wanted else PlainDisplay(console, steps)
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
@@ -45,7 +46,7 @@ def summary(metrics: Mapping[str, Any]) -> str:
 class LiveDisplay:
     """A bar for the run's steps and one for the phase inside a step."""
 
-    def __init__(self, console: Console, steps: int, start: int) -> None:
+    def __init__(self, console: Console, steps: int) -> None:
         self._bars = Progress(
             TextColumn("{task.description:<12}"),
             BarColumn(bar_width=24),
@@ -54,8 +55,11 @@ class LiveDisplay:
             TextColumn("{task.fields[figures]}"),
             console=console,
         )
-        self._run: TaskID = self._bars.add_task("steps", total=steps, completed=start, figures="")
+        self._run: TaskID = self._bars.add_task("steps", total=steps, figures="")
         self._inner: TaskID = self._bars.add_task("", total=None, figures="")
+
+    def begin(self, done: int) -> None:
+        self._bars.update(self._run, completed=done)
         self._bars.start()
 
     def phase(self, step: int, phase: str) -> None:
@@ -77,10 +81,13 @@ class LiveDisplay:
 class PlainDisplay:
     """One line a step, at most one every two seconds (the first and the last always)."""
 
-    def __init__(self, console: Console, steps: int, start: int) -> None:
-        self._console, self._steps, self._start = console, steps, start
+    def __init__(self, console: Console, steps: int) -> None:
+        self._console, self._steps, self._start = console, steps, 0
         self._began = time.monotonic()
         self._last = float("-inf")
+
+    def begin(self, done: int) -> None:
+        self._start, self._began = done, time.monotonic()
 
     def phase(self, step: int, phase: str) -> None:
         pass

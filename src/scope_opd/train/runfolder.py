@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import tomli_w
 
@@ -25,7 +25,7 @@ from scope_opd.config import Config
 from scope_opd.errors import RunFailed, RunFolderError
 from scope_opd.records import dumps, iter_jsonl
 
-Phase = Literal["generation", "scoring", "forward_backward", "optimiser", "evaluation", "saving", "done"]
+PHASES = ("generation", "scoring", "forward_backward", "optimiser", "evaluation", "saving", "done")
 LINE_FILES = ("metrics", "rollouts", "eval", "events")
 
 
@@ -84,11 +84,11 @@ class RunFolder:
             pass  # a file system without locks: nothing to hold on to
         return cls(folder, lock)
 
-    def begin(self, config: Config, info: Mapping[str, Any]) -> None:
+    def begin(self, config: Config, info: Mapping[str, Any], *, run_id: str | None = None) -> None:
         """Write config.toml and run.json. A run that goes on keeps its ``run_id`` and ``created``."""
         former = self._read_info()
         self.info = {
-            "run_id": former.get("run_id") or secrets.token_hex(4),
+            "run_id": run_id or former.get("run_id") or secrets.token_hex(4),
             "scope_version": __version__,
             "created": former.get("created") or datetime.now(UTC).isoformat(timespec="seconds"),
             "python": platform.python_version(),
@@ -107,8 +107,8 @@ class RunFolder:
         except OSError as error:
             raise self._failed(name, error) from error
 
-    def phase(self, step: int, phase: Phase) -> None:
-        """Say in status.json what is going on."""
+    def phase(self, step: int, phase: str) -> None:
+        """Say in status.json what is going on; ``phase`` is one of ``PHASES``."""
         if self._status != (step, phase):
             self._status = (step, phase)
             self.write("status.json", json.dumps({"step": step, "phase": phase, "pid": os.getpid()}))

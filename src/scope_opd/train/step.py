@@ -1,37 +1,333 @@
-"""One optimiser step: the surrogate loss of METHOD.md section 5 over micro-batches of any cut. (Skeleton.)"""
+"""One step's update: the surrogate loss of METHOD section 5 over the micro-batches, then the optimiser.
+
+    loss = sum_t - sg(c_t) rho_t A_t  (+ reference KL)        A_t = reinforce + distill (log pi_T - sg log pi_theta)
+
+with rho_t = pi_theta / pi_old and c_t = min(pi_old / mu, C). pi_old is the detached current policy when a batch gets
+one update, and a recorded pass before the first update otherwise. c compares trainer and sampler at the temperature
+that sampled, whatever temperature the objective uses. Under ``full_kl`` the distillation term is
++ distill sg(c_t) KL_t.
+
+Precision: float32 parameters on a GPU run under bfloat16 autocast (float32 masters, float32 log-probs); everything else
+runs in the dtype of the parameters. Not covered: many ranks, chunked teachers.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from scope_opd.config import TrainConfig
+from scope_opd.models.head import HeadView, TokenScores, map_logits, response_logprobs
+from scope_opd.objective.logprobs import tempered, token_entropy, token_logprobs
+from scope_opd.objective.surrogate import full_kl, reference_kl, sampler_correction, surrogate
+from scope_opd.train.batch import Batch, MicroBatch
+from scope_opd.train.engines import Engines, SurrogateSettings
+from scope_opd.train.optim import Optimizer
 
 
 @dataclass(frozen=True, slots=True)
-class SurrogateSettings:
-    """What the update needs to know of the objective; whoever builds the engines takes it from config and method.
+class TokenFigures:
+    """What the first pass over a batch saw, one entry a token in the loss; on the CPU, [T].
 
     Attributes:
-        aggregation: "prompt" | "token" | "sequence" | "released", see ``objective.aggregate``.
-        clip: PPO clip of rho (None: none).
-        dual_clip: bound of the surrogate where the advantage is negative (None: none).
-        correction_cap: C of c = min(pi_old / mu, C).
-        sampling_temperature: the temperature that sampled; c compares the trainer with the sampler there.
-        student_temperature: the temperature of the student's log-probs in the objective: equal to the sampling
-            temperature for the conventions ``matched`` and ``released``, 1 for ``raw``.
-        sampled_by: "student", or "teacher" (kd): then c = 1 and rho = 1 in value.
-        distill: "sampled", or "full_kl" (needs ``Engines.teacher_logits``).
-        reference_kl: coefficient of the k3 estimate of KL(student || reference) (needs ``Engines.reference``).
-        common_vocabulary: ids 0 .. common_vocabulary - 1 are those that student and teacher share (full_kl
-            renormalises over them); None: the smaller of the two heads.
+        rollout, place: the token's rollout (index within the step) and its index within the response.
+        logprobs: log pi_theta at the objective's student temperature.
+        entropy: nats, at that temperature.
+        advantage: A_t with the method's own numbers; under ``full_kl`` reinforce - distill KL_t.
+        teacher_gap: log pi_T - log pi_theta where the teacher scored; 0 elsewhere.
+        mismatch: log mu - log pi_old at the sampling temperature (0 for responses that the teacher sampled).
+        capped: where c reached its cap.
     """
 
-    aggregation: Literal["prompt", "token", "sequence", "released"] = "prompt"
-    clip: float | None = None
-    dual_clip: float | None = None
-    correction_cap: float = 2.0
-    sampling_temperature: float = 1.0
-    student_temperature: float = 1.0
-    sampled_by: Literal["student", "teacher"] = "student"
-    distill: Literal["sampled", "full_kl"] = "sampled"
-    reference_kl: float = 0.0
-    common_vocabulary: int | None = None
+    rollout: Tensor
+    place: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    advantage: Tensor
+    teacher_gap: Tensor
+    mismatch: Tensor
+    capped: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What an update did.
+
+    Attributes:
+        loss, grad_norm: means over the passes; None where not finite.
+        updates: optimiser steps taken, 0 when nothing was unmasked or a number was not finite.
+        finite: whether all losses and gradients were finite.
+        clipped: share of the tokens, over all passes, where a PPO clip acted.
+        kl_reference: mean k3 estimate a token; None without a reference.
+        tokens: per-token figures.
+    """
+
+    loss: float | None
+    grad_norm: float | None
+    updates: int
+    finite: bool
+    clipped: float
+    kl_reference: float | None
+    tokens: TokenFigures
+
+
+@dataclass(slots=True)
+class _Pass:
+    """Per-token results of one micro-batch."""
+
+    loss: Tensor
+    clipped: Tensor
+    reference: Tensor
+    figures: TokenFigures
+
+
+class Learner:
+    """The student's weights, their optimiser, and the one way in which they change.
+
+    Args:
+        engines: model, surrogate settings, optional teacher logits and reference.
+        config: optimiser, updates a batch, clipping, precision.
+    """
+
+    def __init__(self, engines: Engines, config: TrainConfig) -> None:
+        self.model: nn.Module = engines.model
+        self.settings: SurrogateSettings = engines.surrogate
+        self.config = config
+        self.teacher_logits = engines.teacher_logits
+        self.reference = engines.reference
+        if self.settings.distill == "full_kl" and self.teacher_logits is None:
+            raise ValueError("distill = 'full_kl' without teacher_logits; expected an in-process teacher")
+        if self.settings.reference_kl > 0 and self.reference is None:
+            raise ValueError(f"reference_kl = {self.settings.reference_kl} without a reference; expected its log-probs")
+        self.view = HeadView(engines.model)
+        self.optimizer = Optimizer(engines.model, config)
+        parameter = self.optimizer.parameters[0]
+        self.device = parameter.device
+        self._autocast = parameter.is_cuda and parameter.dtype == torch.float32
+        self._dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        if config.gradient_checkpointing:
+            engines.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def update(
+        self,
+        batch: Batch,
+        lr: float,
+        *,
+        on_phase: Callable[[str], None] = lambda phase: None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+        before_change: Callable[[], None] = lambda: None,
+    ) -> Outcome:
+        """Forward and backward over all micro-batches and one optimiser step, ``updates_per_batch`` times.
+
+        Args:
+            batch: from ``make_batch``. With nothing unmasked no optimiser step is taken.
+            lr: the learning rate of this step.
+            on_phase: told "forward_backward" and "optimiser".
+            on_progress: told (micro-batches done, in all) of a pass.
+            before_change: called once, right before the weights change for the first time.
+        """
+        passes = self.config.updates_per_batch if batch.micro else 0
+        recorded = self._record(batch) if passes > 1 else [None] * len(batch.micro)
+        losses, norms, figures, references, clipped = [], [], [], [], []
+        updates, finite = 0, True
+        for number in range(passes):
+            on_phase("forward_backward")
+            self.optimizer.zero_grad()
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            for index, micro in enumerate(batch.micro):
+                result = self._backward(micro.to(self.device, self._dtype), batch.tokens, recorded[index])
+                total += result.loss.detach().sum().double()
+                clipped.append(result.clipped)
+                if number == 0:
+                    figures.append(result.figures)
+                    references.append(result.reference)
+                on_progress(index + 1, len(batch.micro))
+            norm = self._clip_gradient()
+            losses.append(float(total))
+            norms.append(float(norm))
+            finite = math.isfinite(losses[-1]) and math.isfinite(norms[-1])
+            if not finite:
+                break
+            if number == 0:
+                before_change()
+            on_phase("optimiser")
+            self.optimizer.step(lr)
+            updates += 1
+        self.optimizer.zero_grad()
+        return Outcome(
+            loss=_mean(losses) if losses else 0.0,
+            grad_norm=_mean(norms) if norms else 0.0,
+            updates=updates,
+            finite=finite,
+            clipped=float(torch.cat(clipped).double().mean()) if clipped else 0.0,
+            kl_reference=float(torch.cat(references).mean()) if self.reference and references else None,
+            tokens=_join(figures),
+        )
+
+    def gradient(self, batch: Batch) -> tuple[float, list[Tensor]]:
+        """Loss and gradient of a batch without clipping or an optimiser step, for laws and studies."""
+        self.optimizer.zero_grad()
+        loss = 0.0
+        for micro in batch.micro:
+            loss += float(self._backward(micro.to(self.device, self._dtype), batch.tokens, None).loss.detach().sum())
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.optimizer.parameters]
+        self.optimizer.zero_grad()
+        return loss, grads
+
+    @torch.no_grad()
+    def _record(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """log pi_old and c of every micro-batch, before the first of several updates."""
+        recorded = []
+        for micro in batch.micro:
+            moved = micro.to(self.device, self._dtype)
+            scores = self._scores(moved)
+            recorded.append((scores.logprobs, self._correction(moved, scores)[0]))
+        return recorded
+
+    def _backward(self, micro: MicroBatch, tokens: int, recorded: tuple[Tensor, Tensor] | None) -> _Pass:
+        with self._training():
+            result = self._loss(micro, tokens, recorded)
+            result.loss.sum().backward()
+        return result
+
+    def _loss(self, micro: MicroBatch, tokens: int, recorded: tuple[Tensor, Tensor] | None) -> _Pass:
+        """The per-token losses of a micro-batch; their sum over the whole batch is the step's loss."""
+        settings = self.settings
+        kl: Tensor | None = None
+        if settings.distill == "full_kl":
+            scores, kl = self._scores_and_kl(micro)
+        else:
+            scores = self._scores(micro)
+        logprobs = scores.logprobs
+        correction, capped, mismatch = self._correction(micro, scores)
+        old = logprobs.detach()
+        if recorded is not None:
+            # A response of the teacher's has no pi_old of ours: rho stays 1 in value however often it is used.
+            old, correction = (old if settings.sampled_by == "teacher" else recorded[0]), recorded[1]
+        terms = surrogate(
+            logprobs, old, correction, micro.reinforce, micro.distill if kl is None else torch.zeros_like(logprobs),
+            micro.teacher, clip=settings.clip, dual_clip=settings.dual_clip,
+        )  # fmt: skip
+        loss = terms.loss
+        gap = micro.teacher - logprobs.detach()
+        distillation = gap
+        if kl is not None:
+            loss = loss + micro.distill * correction * kl
+            distillation = -kl.detach()
+        penalty = torch.zeros_like(loss)
+        if self.reference is not None and settings.reference_kl > 0:
+            with torch.no_grad():
+                anchor = self.reference(micro.input_ids, micro.attention_mask, micro.positions).to(logprobs)
+            penalty = reference_kl(logprobs, anchor)
+            loss = loss + settings.reference_kl / tokens * penalty
+        credited = micro.credit_distill != 0
+        assert scores.entropy is not None
+        figures = TokenFigures(
+            rollout=micro.rollout.cpu(),
+            place=micro.place.cpu(),
+            logprobs=logprobs.detach().cpu(),
+            entropy=scores.entropy.cpu(),
+            advantage=(micro.credit_reinforce + torch.where(credited, micro.credit_distill * distillation, 0.0)).cpu(),
+            teacher_gap=gap.cpu(),
+            mismatch=mismatch.cpu(),
+            capped=capped.cpu(),
+        )
+        return _Pass(loss, terms.clipped, penalty.detach(), figures)
+
+    def _scores(self, micro: MicroBatch) -> TokenScores:
+        settings = self.settings
+        with self._precision():
+            return response_logprobs(
+                self.view,
+                micro.input_ids,
+                None,  # padding is on the right, so no token sees it
+                micro.positions,
+                settings.student_temperature,
+                extra_temperature=self._extra_temperature(),
+            )
+
+    def _scores_and_kl(self, micro: MicroBatch) -> tuple[TokenScores, Tensor]:
+        """As ``_scores``, and KL(student || teacher) over the common ids at every token, [T], with gradient."""
+        settings, extra = self.settings, self._extra_temperature()
+        assert self.teacher_logits is not None
+        with torch.no_grad():
+            teacher = self.teacher_logits(micro.input_ids, micro.attention_mask, micro.positions)
+        common = settings.common_vocabulary or min(teacher.shape[-1], self.view.vocabulary)
+
+        def reduce(logits: Tensor, wanted: Tensor, teacher_logits: Tensor) -> tuple[Tensor, ...]:
+            own = tempered(logits, settings.student_temperature)
+            outputs = [
+                token_logprobs(own, wanted),
+                full_kl(own[:, :common], teacher_logits[:, :common].to(own.dtype)),
+            ]
+            with torch.no_grad():
+                outputs.append(token_entropy(own))
+                if extra is not None:
+                    outputs.append(token_logprobs(logits, wanted, extra))
+            return tuple(outputs)
+
+        with self._precision():
+            hidden = self.view.response_hidden(micro.input_ids, None, micro.positions)
+            wanted = micro.input_ids[micro.positions[:, 0], micro.positions[:, 1]]
+            results = map_logits(self.view, hidden, reduce, wanted, teacher)
+        scores = TokenScores(
+            logprobs=results[0], entropy=results[2], extra_logprobs=results[3] if extra is not None else None
+        )
+        return scores, results[1]
+
+    def _extra_temperature(self) -> float | None:
+        """A second temperature of the same hidden states, where c needs one."""
+        settings = self.settings
+        if settings.sampled_by == "teacher" or settings.student_temperature == settings.sampling_temperature:
+            return None
+        return settings.sampling_temperature
+
+    def _correction(self, micro: MicroBatch, scores: TokenScores) -> tuple[Tensor, Tensor, Tensor]:
+        """c, where it was capped, and log mu - log pi, all [T] and detached."""
+        own = scores.logprobs.detach()
+        if self.settings.sampled_by == "teacher":
+            return torch.ones_like(own), torch.zeros_like(own, dtype=torch.bool), torch.zeros_like(own)
+        trainer = own if scores.extra_logprobs is None else scores.extra_logprobs
+        correction, capped = sampler_correction(trainer, micro.sampler, self.settings.correction_cap)
+        return correction, capped, micro.sampler - trainer
+
+    def _clip_gradient(self) -> Tensor:
+        """Norm of the whole gradient; clipped in place to ``grad_clip`` where it is finite."""
+        grads = [parameter.grad for parameter in self.optimizer.parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self.config.grad_clip is not None and torch.isfinite(norm):
+            torch.nn.utils.clip_grads_with_norm_(self.optimizer.parameters, self.config.grad_clip, norm)
+        return norm
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._autocast)
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """Activation checkpointing acts in training mode only; dropout stays off, for pi_old must be the sampler's."""
+        if not self.config.gradient_checkpointing:
+            yield
+            return
+        for module in self.model.modules():
+            module.training = bool(getattr(module, "gradient_checkpointing", False))
+        try:
+            yield
+        finally:
+            self.model.eval()
+
+
+def _mean(values: list[float]) -> float | None:
+    mean = sum(values) / len(values)
+    return mean if math.isfinite(mean) else None
+
+
+def _join(figures: list[TokenFigures]) -> TokenFigures:
+    if not figures:
+        whole, real, flag = torch.zeros(0, dtype=torch.long), torch.zeros(0), torch.zeros(0, dtype=torch.bool)
+        return TokenFigures(whole, whole, real, real, real, real, real, flag)
+    return TokenFigures(*(torch.cat([getattr(item, name) for item in figures]) for name in TokenFigures.__slots__))

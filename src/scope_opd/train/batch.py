@@ -1,0 +1,143 @@
+"""From a step's credited rollouts to micro-batches: padded ids, and flat numbers for the tokens that enter the loss.
+
+The denominators of the whole step are folded into each rollout's two numbers here, before anything is cut, so that the
+gradient of the step is a plain sum over tokens and no cut can change it. Masked rollouts never reach the model.
+Not covered: packing of several rollouts into a row, dealing to ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from scope_opd.credit import trained_tokens
+from scope_opd.models.batching import microbatches, pad_right, padding_share, response_positions
+from scope_opd.objective.aggregate import coefficients
+from scope_opd.objective.methods import Aggregation
+from scope_opd.types import Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Rows that go through the model together. B rows, L columns, T tokens that enter the loss.
+
+    Attributes:
+        input_ids, attention_mask: I[B, L], prompt + response, padded on the right.
+        positions: I[T, 2], (row, column) of each token in the loss.
+        rollout, place: I[T], the token's rollout (index within the step) and its index within the response.
+        sampler: F64[T], the recorded log mu.
+        teacher: F64[T], log pi_T; 0 where there is none (``distill`` is 0 there).
+        reinforce, distill: F64[T], the coefficients with the step's denominators folded in.
+        credit_reinforce, credit_distill: F64[T], the method's own numbers.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    positions: Tensor
+    rollout: Tensor
+    place: Tensor
+    sampler: Tensor
+    teacher: Tensor
+    reinforce: Tensor
+    distill: Tensor
+    credit_reinforce: Tensor
+    credit_distill: Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> MicroBatch:
+        """A copy on a device, its floats in ``dtype``."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+
+        return MicroBatch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A step's update.
+
+    Attributes:
+        micro: the micro-batches, a function of the rollouts' lengths alone; empty when nothing is unmasked.
+        tokens: tokens that enter the loss.
+        padding: share of padding in all micro-batches together.
+    """
+
+    micro: list[MicroBatch]
+    tokens: int
+    padding: float
+
+
+def make_batch(
+    rollouts: Sequence[Rollout],
+    *,
+    aggregation: Aggregation,
+    max_tokens: int,
+    cut: Sequence[Sequence[int]] | None = None,
+) -> Batch:
+    """Fold the denominators in, then cut.
+
+    Args:
+        rollouts: all of a step's, credited.
+        aggregation: see ``objective.aggregate.coefficients``.
+        max_tokens: prompt + response tokens of a micro-batch, padding included.
+        cut: indices of the unmasked rollouts by micro-batch, in place of the cut by length (tests of the law that the
+            cut does not matter).
+
+    Raises:
+        ValueError: a rollout that was not credited, or one with distill != 0 and no teacher log-probs (its id).
+    """
+    for rollout in rollouts:
+        if rollout.reinforce is None or rollout.distill is None:
+            raise ValueError(f"rollout {rollout.id!r} has no credit; expected reinforce and distill")
+        if rollout.distill and not rollout.masked and rollout.teacher_logprobs is None:
+            raise ValueError(f"rollout {rollout.id!r} has distill = {rollout.distill} and no teacher log-probs")
+    groups: dict[str, int] = {}
+    reinforce, distill = coefficients(
+        torch.tensor([rollout.reinforce for rollout in rollouts], dtype=torch.float64),
+        torch.tensor([rollout.distill for rollout in rollouts], dtype=torch.float64),
+        torch.tensor([trained_tokens(rollout) for rollout in rollouts], dtype=torch.long),
+        torch.tensor([rollout.masked for rollout in rollouts], dtype=torch.bool),
+        torch.tensor([groups.setdefault(rollout.group, len(groups)) for rollout in rollouts], dtype=torch.long),
+        aggregation,
+    )
+    live = [index for index, rollout in enumerate(rollouts) if not rollout.masked and trained_tokens(rollout)]
+    lengths = [len(rollouts[index].prompt_token_ids) + len(rollouts[index].token_ids) for index in live]
+    if cut is None:
+        batches = microbatches(lengths, max_tokens)
+        padding = padding_share(lengths, batches)
+        cut = [[live[index] for index in batch] for batch in batches]
+    else:
+        padding = 0.0
+    micro = [_micro_batch(rollouts, indices, reinforce, distill) for indices in cut]
+    return Batch(micro, sum(batch.rollout.numel() for batch in micro), padding)
+
+
+def _micro_batch(rollouts: Sequence[Rollout], indices: Sequence[int], reinforce: Tensor, distill: Tensor) -> MicroBatch:
+    chosen = [rollouts[index] for index in indices]
+    input_ids, attention_mask = pad_right([[*rollout.prompt_token_ids, *rollout.token_ids] for rollout in chosen])
+    sizes = [len(rollout.token_ids) for rollout in chosen]
+    positions = response_positions([len(rollout.prompt_token_ids) for rollout in chosen], sizes)
+    kept = torch.tensor(
+        [bool(flag) for rollout in chosen for flag in (rollout.loss_mask or [1] * len(rollout.token_ids))]
+    )
+    owner = torch.tensor(indices, dtype=torch.long).repeat_interleave(torch.tensor(sizes))[kept]
+    place = torch.tensor([place for size in sizes for place in range(size)], dtype=torch.long)[kept]
+    sampler = [value for rollout in chosen for value in rollout.logprobs]
+    teacher = [value for rollout in chosen for value in (rollout.teacher_logprobs or [0.0] * len(rollout.token_ids))]
+    credit = torch.tensor([[rollout.reinforce, rollout.distill] for rollout in rollouts], dtype=torch.float64)
+    return MicroBatch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        positions=positions[kept],
+        rollout=owner,
+        place=place,
+        sampler=torch.tensor(sampler, dtype=torch.float64)[kept],
+        teacher=torch.tensor(teacher, dtype=torch.float64)[kept],
+        reinforce=reinforce[owner],
+        distill=distill[owner],
+        credit_reinforce=credit[owner, 0],
+        credit_distill=credit[owner, 1],
+    )

@@ -1,0 +1,142 @@
+"""What the trainer is handed: engines as Protocols and callables, never as classes of ours. No arithmetic here."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from scope_opd.objective.methods import Aggregation
+from scope_opd.pipeline import Collected, PhaseHook, ProgressHook
+from scope_opd.types import Prompt, Rollout, SamplingParams
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class Collector(Protocol):
+    """``pipeline.Pipeline``: complete, judged and scored groups, ordered by (prompt, sample), and the stages' times."""
+
+    def collect(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        step: int,
+        policy_version: int,
+        on_phase: PhaseHook | None = None,
+        on_progress: ProgressHook | None = None,
+    ) -> Collected: ...
+
+
+class PromptSchedule(Protocol):
+    """Which prompts step 0, 1, 2 ... draws: a function of the step alone."""
+
+    def batch(self, step: int) -> list[Prompt]: ...
+
+
+class TokenFunction(Protocol):
+    """Something computed without gradient for the response tokens of right-padded rows.
+
+    Args:
+        input_ids, attention_mask: I[B, L] on the student's device; 1 on tokens, 0 on padding.
+        positions: I[T, 2] of (row, column) of the predicted tokens, as in ``models.head.response_logprobs``.
+    """
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor: ...
+
+
+# (step, policy_version) -> the rows for eval.jsonl, one a temperature; a plain or a coroutine function.
+Evaluator = Callable[[int, int], Rows | Awaitable[Rows]]
+
+
+@dataclass(frozen=True, slots=True)
+class SurrogateSettings:
+    """What the update needs to know of the objective; whoever builds the engines takes it from config and method.
+
+    Attributes:
+        aggregation: "prompt" | "token" | "sequence" | "released", see ``objective.aggregate``.
+        clip: PPO clip of rho (None: none).
+        dual_clip: bound of the surrogate where the advantage is negative (None: none).
+        correction_cap: C of c = min(pi_old / mu, C).
+        sampling_temperature: the temperature that sampled; c compares the trainer with the sampler there.
+        student_temperature: the temperature of the student's log-probs in the objective: the sampling temperature for
+            the conventions ``matched`` and ``released``, 1 for ``raw``.
+        sampled_by: "student", or "teacher" (kd): then c = 1 and rho = 1 in value.
+        distill: "sampled", or "full_kl" (needs ``Engines.teacher_logits``).
+        reference_kl: coefficient of the k3 estimate of KL(student || reference); > 0 needs ``Engines.reference``.
+        common_vocabulary: ids 0 .. common_vocabulary - 1 are those that student and teacher share (full_kl
+            renormalises both over them); None: as many as the smaller head has.
+    """
+
+    aggregation: Aggregation = "prompt"
+    clip: float | None = None
+    dual_clip: float | None = None
+    correction_cap: float = 2.0
+    sampling_temperature: float = 1.0
+    student_temperature: float = 1.0
+    sampled_by: Literal["student", "teacher"] = "student"
+    distill: Literal["sampled", "full_kl"] = "sampled"
+    reference_kl: float = 0.0
+    common_vocabulary: int | None = None
+
+
+@dataclass(slots=True)
+class Engines:
+    """Everything that the trainer is handed.
+
+    Attributes:
+        model: the student, the same module that the sampler decodes with; on its device, in ``train.param_dtype``, in
+            eval mode.
+        tokenizer: the student's, for token strings in dumps and for the export.
+        pipeline: ``pipeline.Pipeline`` or anything with its ``collect``.
+        credit: writes ``reinforce``, ``distill``, ``masked``, ``mask_reason`` on all rollouts of a step and returns
+            their verdicts: ``partial(assign_credit, method=..., truncated=..., reward_threshold=...)``.
+        schedule: prompts of each step.
+        sampling: how responses are drawn.
+        surrogate: aggregation, clips, temperatures.
+        teacher_logits: the in-process teacher's logits F[T, V] / temperature at the positions, for
+            ``distill = "full_kl"``.
+        reference: log-probs F[T] of a frozen reference at the objective's student temperature, for
+            ``reference_kl`` > 0.
+        evaluator: called with (step, policy_version) where ``[eval]`` says so; returns rows for eval.jsonl (each gets
+            "step" where it has none).
+        weights_use_tau: whether the method weights rollouts by perplexity ** (1 / tau): only then does the alarm
+            ``uniform_weights`` ("tau does nothing here") mean anything.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    pipeline: Collector
+    credit: Callable[[Sequence[Rollout]], Sequence[bool | None]]
+    schedule: PromptSchedule
+    sampling: SamplingParams
+    surrogate: SurrogateSettings
+    teacher_logits: TokenFunction | None = None
+    reference: TokenFunction | None = None
+    evaluator: Evaluator | None = None
+    weights_use_tau: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a finished run leaves.
+
+    Attributes:
+        folder: the run folder.
+        steps: steps behind the final weights, those of earlier sittings included.
+        metrics: the last row of metrics.jsonl (empty when there is none).
+        evaluations: the rows of eval.jsonl.
+        checkpoint: the newest checkpoint.
+        export: the Hugging Face folder, None where ``run.export = false``.
+    """
+
+    folder: Path
+    steps: int
+    metrics: Mapping[str, Any]
+    evaluations: Rows
+    checkpoint: Path
+    export: Path | None

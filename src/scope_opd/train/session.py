@@ -1,0 +1,375 @@
+"""Everything around the algorithm: the run folder, resuming, signals, alarms, trackers, what is shown and saved.
+
+A step is *half done* from the first change of its weights until its row is logged; signals wait for the end of that
+stretch, and no checkpoint is ever taken inside it. So what is saved is always a step boundary, and what was in flight
+is done again. Evaluation belongs to a boundary, not to a step: a run killed while evaluating evaluates again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import inspect
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from types import TracebackType
+from typing import Any
+
+import torch
+import transformers
+
+from scope_opd.config import Config
+from scope_opd.errors import RunFailed, RunFolderError
+from scope_opd.pipeline import Collected
+from scope_opd.tracking import Tracker, open_trackers
+from scope_opd.tracking.base import RunDescription, numbers
+from scope_opd.train.alarms import Alarms
+from scope_opd.train.batch import Batch
+from scope_opd.train.checkpoint import (
+    Checkpoint,
+    checkpoint_name,
+    newest_sound,
+    restore_rng_state,
+    restore_weights,
+    rng_state,
+    save_checkpoint,
+)
+from scope_opd.train.engines import Engines, TrainResult
+from scope_opd.train.export import export_model
+from scope_opd.train.metrics import rollout_rows, step_metrics
+from scope_opd.train.optim import FULL_FINE_TUNING_LR, lr_at
+from scope_opd.train.progress import Display, open_display
+from scope_opd.train.runfolder import RunFolder
+from scope_opd.train.signals import Interrupted, RunInterrupted, Signals
+from scope_opd.train.step import Learner, Outcome
+
+_LARGE_MODEL = 100_000_000
+
+
+class Session:
+    """One sitting of a run, as a context manager around the loop.
+
+    Attributes:
+        step: steps completed.
+        policy_version: optimiser steps taken (a step left out by NaN takes none, several updates a batch several).
+    """
+
+    def __init__(self, config: Config, engines: Engines, learner: Learner, *, resume: bool, progress: bool | None):
+        self.config, self.engines, self.learner = config, engines, learner
+        self.step = self.policy_version = 0
+        self._evaluated = self._saved = -1
+        self._half_done = False
+        self._resume = resume
+        self._alarms = Alarms(config.run.alarms, weights_use_tau=engines.weights_use_tau)
+        self._signals = Signals()
+        self._trackers: list[Tracker] = []
+        self._last_row: dict[str, Any] = {}
+        self._rng: dict[str, Any] = {}
+        self._display: Display = open_display(progress, steps=config.train.steps)
+        self._folder: RunFolder
+
+    # --- opening and closing -----------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Session:
+        run = self.config.run
+        self._folder = RunFolder.open(run.dir, resume=self._resume)
+        try:
+            self._start()
+        except BaseException:
+            self._close()
+            raise
+        self._signals.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if isinstance(error, Interrupted):
+                self._display.note(f"{error}: saving step {self.step} (a second one ends the process at once)")
+                self._save()
+                raise RunInterrupted(error.number, self.step, self.config.run.dir) from None
+            if isinstance(error, Exception) and not self._half_done and self.step > max(self._saved, 0):
+                with suppress(RunFailed):  # the error at hand is the one to tell; the checkpoint before it stands
+                    self._save()
+        finally:
+            self._signals.__exit__(None, None, None)
+            self._close()
+
+    def _close(self) -> None:
+        self._display.close()
+        for tracker in self._trackers:
+            tracker.close()
+        self._folder.close()
+
+    def _start(self) -> None:
+        config, folder, damage = self.config, self._folder, list[str]()
+        found = newest_sound(folder.path / "checkpoints", damage.append) if self._resume else None
+        if found is not None:
+            _refuse_other_config(config, found.trainer["config"], found.step)
+        folder.cut(found.trainer["offsets"] if found is not None else {})
+        first = self.engines.schedule.batch(0)
+        folder.begin(
+            config,
+            {
+                "method": config.objective.method,
+                "seed": config.run.seed,
+                "model": config.model.path,
+                "teacher": config.teacher.path,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "device": str(self.learner.device),
+                "first_prompt": first[0].text if first else "",
+            },
+            run_id=found.trainer["run_id"] if found is not None else None,
+        )
+        if found is not None:
+            self._restore(found)
+        self._rng = rng_state()
+        self._display.begin(self.step)
+        for line in damage:
+            self._say("warning", line)
+        if self._resume:
+            whence = f"step {self.step}" if found is not None else "the beginning (no checkpoint yet)"
+            self._say("resume", f"resumed from {whence}")
+        if found is not None and found.trainer["threads"] != torch.get_num_threads():
+            self._say(
+                "warning",
+                f"{torch.get_num_threads()} torch threads, {found.trainer['threads']} before the interruption: the "
+                "numbers may differ in their last bits; set train.threads",
+            )
+        size = sum(parameter.numel() for parameter in self.learner.optimizer.parameters)
+        train = config.train
+        if train.lr > FULL_FINE_TUNING_LR and train.param_dtype == "float32" and size > _LARGE_MODEL:
+            self._say(
+                "warning",
+                f"train.lr = {train.lr:g} is high for full fine-tuning of {size / 1e9:.1f}B float32 parameters; about "
+                "2e-6 is usual (the paper's 5e-5 went with pure bfloat16, where most of it rounds to nothing)",
+            )
+        self._trackers = open_trackers(
+            config.run.trackers,
+            RunDescription(
+                folder=folder.path,
+                project=config.run.project,
+                name=folder.path.name,
+                run_id=folder.info["run_id"],
+                config=config.model_dump(mode="json"),
+                step=self.step,
+            ),
+        )
+
+    def _restore(self, found: Checkpoint) -> None:
+        trainer = found.trainer
+        try:
+            restore_weights(self.learner.model, found.weights)
+            self.learner.optimizer.load_state_dict(found.optimizer["optimizer"])
+        except ValueError as error:
+            raise RunFolderError(
+                f"checkpoint {found.path}: {error}", "the weights of this run's student", "check model.path"
+            ) from None
+        restore_rng_state(found.optimizer["rng"])
+        self._alarms.load_state(trainer["alarms"])
+        self.step, self.policy_version = found.step, trainer["policy_version"]
+        self._evaluated, self._saved = trainer["evaluated"], found.step
+        self._last_row = trainer["last_row"]
+
+    # --- inside a step -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def one_step(self) -> Iterator[None]:
+        """The stretch of one step. Weights that change inside it are logged before a signal is heeded."""
+        self._began = time.perf_counter()
+        with ExitStack() as self._stretch:
+            yield
+            assert not self._half_done, "a step whose weights changed was not logged"
+
+    def phase(self, name: str) -> None:
+        """A new phase begins: status.json and the display learn of it."""
+        self._folder.phase(self.step, name)
+        self._display.phase(self.step, name)
+
+    def inside(self, done: int, total: int) -> None:
+        """Progress inside the phase."""
+        self._display.inside(done, total)
+
+    @property
+    def lr(self) -> float:
+        return lr_at(self.step, self.config.train)
+
+    def before_change(self) -> None:
+        """From here to the end of ``log`` the step is half done."""
+        self._stretch.enter_context(self._signals.shielded())
+        self._half_done = True
+
+    def log(
+        self,
+        collected: Collected,
+        verdicts: Sequence[bool | None],
+        batch: Batch,
+        outcome: Outcome,
+        *,
+        update_s: float,
+    ) -> None:
+        """Write the step's rows and complete it; then let the alarms ring.
+
+        Raises:
+            RunFailed: an alarm set to "stop", or a row that could not be written.
+        """
+        if not self._half_done:
+            self.before_change()
+        rollouts = collected.rollouts
+        row = step_metrics(
+            step=self.step, policy_version=self.policy_version, lr=self.lr, rollouts=rollouts, verdicts=verdicts,
+            stats=collected.stats, batch=batch, outcome=outcome, update_s=update_s,
+            sampled_by_student=self.engines.surrogate.sampled_by == "student",
+            step_s=time.perf_counter() - self._began,
+        )  # fmt: skip
+        dumped = rollout_rows(
+            rollouts, outcome, step=self.step, limit=self.config.run.rollouts_logged, tokenizer=self.engines.tokenizer
+        )
+        rings = self._alarms.check(row)
+        self._folder.append("rollouts", dumped)
+        for alarm in rings:
+            self._say("alarm", alarm.message, name=alarm.name, action=alarm.action)
+        self._folder.append("metrics", [row])
+        self.step += 1
+        self.policy_version += outcome.updates
+        self._last_row, self._rng = row, rng_state()
+        self._half_done = False
+        self._display.step(row)
+        for tracker in self._trackers:
+            tracker.log({key: value for key, value in numbers(row).items() if key != "step"}, row["step"])
+        for alarm in rings:
+            if alarm.action == "stop":
+                raise RunFailed(
+                    f"alarm {alarm.name} at step {row['step']}: {alarm.message}",
+                    "",
+                    f'saved; change the config, or set run.alarms.{alarm.name} = "warn" and continue with --resume',
+                )
+
+    # --- at a step boundary ------------------------------------------------------------------------------------------
+
+    def boundary(self) -> None:
+        """Evaluate and save where the config says so after ``step`` steps."""
+        if self._evaluation_due() and self._evaluated < self.step:
+            self.phase("evaluation")
+            self._evaluate()
+        every = self.config.run.checkpoint_every
+        if every and self.step and self.step % every == 0:
+            self._save()
+
+    def finish(self) -> TrainResult:
+        """The last checkpoint and the export."""
+        folder, run = self._folder, self.config.run
+        with self._signals.shielded():
+            self._save()
+            exported = folder.path / "export" if run.export else None
+            if exported is not None:
+                self.phase("saving")
+                export_model(
+                    exported, self.engines.model, self.engines.tokenizer, config=self.config, steps=self.step,
+                    metrics=self._last_row, evaluations=folder.rows("eval"),
+                )  # fmt: skip
+            self.phase("done")
+        return TrainResult(
+            folder=folder.path,
+            steps=self.step,
+            metrics=self._last_row,
+            evaluations=folder.rows("eval"),
+            checkpoint=folder.path / "checkpoints" / checkpoint_name(self.step),
+            export=exported,
+        )
+
+    def _evaluation_due(self) -> bool:
+        evaluation = self.config.eval
+        if self.engines.evaluator is None:
+            return False
+        at_start = self.step == 0 and evaluation.at_start
+        at_end = self.step == self.config.train.steps and evaluation.at_end
+        regular = bool(evaluation.every) and self.step > 0 and self.step % evaluation.every == 0
+        return at_start or at_end or regular
+
+    def _evaluate(self) -> None:
+        assert self.engines.evaluator is not None
+        answer = self.engines.evaluator(self.step, self.policy_version)
+        if inspect.isawaitable(answer):
+            answer = asyncio.run(_wait(answer))
+        rows = [{"step": self.step, **row} for row in answer]
+        with self._signals.shielded():
+            self._folder.append("eval", rows)
+            self._evaluated = self.step
+            self._rng = rng_state()
+            for row in rows:
+                values = {f"eval/T{row.get('temperature', 0):g}/{key}": v for key, v in numbers(row).items()}
+                for tracker in self._trackers:
+                    tracker.log(values, self.step)
+
+    def _save(self) -> None:
+        """A checkpoint of the boundary at hand, unless it is there already."""
+        if self._saved == self.step:
+            return
+        assert not self._half_done, "no checkpoint of a half-done step"
+        with self._signals.shielded():
+            self.phase("saving")
+            self._folder.event(self.step, "checkpoint", checkpoint_name(self.step))
+            save_checkpoint(
+                self._folder.path / "checkpoints",
+                self.step,
+                model=self.learner.model,
+                optimizer={"optimizer": self.learner.optimizer.state_dict(), "rng": self._rng},
+                trainer={
+                    "step": self.step,
+                    "policy_version": self.policy_version,
+                    "evaluated": self._evaluated,
+                    "offsets": self._folder.offsets(),
+                    "run_id": self._folder.info["run_id"],
+                    "alarms": self._alarms.state(),
+                    "last_row": self._last_row,
+                    "threads": torch.get_num_threads(),
+                    "torch": torch.__version__,
+                    "config": self.config.model_dump(mode="json"),
+                    "config_sha256": config_sha256(self.config),
+                },
+                keep_last=self.config.run.keep_last,
+            )
+            self._saved = self.step
+
+    def _say(self, kind: str, message: str, **more: Any) -> None:
+        self._folder.event(self.step, kind, message, **more)
+        self._display.note(f"{kind}: {message}")
+
+
+def config_sha256(config: Config) -> str:
+    """Fingerprint of what must not change on resume."""
+    return hashlib.sha256(json.dumps(_fixed(config.model_dump(mode="json")), sort_keys=True).encode()).hexdigest()
+
+
+async def _wait(answer: Any) -> Any:
+    return await answer
+
+
+def _refuse_other_config(config: Config, saved: dict[str, Any], step: int) -> None:
+    """A resumed run keeps its config, but for ``run.*`` (the seed excepted) and, if lr does not depend on it, steps."""
+    now, before = _fixed(config.model_dump(mode="json")), _fixed(saved)
+    names = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
+    if names:
+        shown = ", ".join(f"{name} = {now.get(name)!r} (was {before.get(name)!r})" for name in names)
+        raise RunFolderError(
+            f"another config than that of the run: {shown}", "the same config", "set them back, or start a new run.dir"
+        )
+    if config.train.steps < step:
+        raise RunFolderError(
+            f"train.steps = {config.train.steps} but the run has done {step}", f"at least {step}", "raise train.steps"
+        )
+
+
+def _fixed(config: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {
+        f"{table}.{key}": value for table, values in config.items() for key, value in values.items()
+        if table != "run" or key == "seed"
+    }  # fmt: skip
+    if flat.get("train.schedule") == "constant":
+        flat.pop("train.steps", None)
+    return flat
