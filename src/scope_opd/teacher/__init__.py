@@ -1,0 +1,1 @@
+"""Teachers: who scores responses. ``local`` does it in the process."""

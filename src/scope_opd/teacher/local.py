@@ -1,0 +1,149 @@
+"""The in-process teacher: log-probs of given responses from a causal LM, in batches under a token budget.
+
+Rollouts are sorted by length, padded on the right and cut by ``models.batching``, so the batches of a step are a
+function of the step; full-vocabulary logits exist for a chunk of tokens at a time. Sequences that differ only in their
+response share no work. Not covered: teachers behind HTTP, top-k rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from scope_opd.errors import ModelError, RunFailed, ScopeError
+from scope_opd.models.batching import microbatches, pad_right, response_positions
+from scope_opd.models.head import HeadView, response_logits, response_logprobs
+from scope_opd.models.loading import context_length
+from scope_opd.types import Rollout, TeacherScore
+
+
+class LocalTeacher:
+    """Scores rollouts with a model in this process; implements ``types.Teacher``.
+
+    Args:
+        model: a causal LM in eval mode, in the dtype that it shall compute in.
+        temperature: logits are divided by it: the sampling temperature for the convention ``matched``, else 1.
+        max_tokens_per_batch: prompt + response tokens of one forward pass, padding included.
+        log_prob_floor: log-probs below it (-inf too) are raised to it and counted.
+        excluded_token_ids: tokens on which no distillation is wanted. They get a log-prob like all others, but a
+            floored one is not counted; whoever credits the rollout leaves them out.
+        chunk_tokens: tokens projected to the vocabulary at once; None as in ``models.head``.
+
+    Attributes:
+        streams: False: all rollouts of a step are scored together.
+        view: the teacher's ``HeadView``.
+        scored_tokens, scored_rollouts: what has been scored since the teacher was made.
+
+    Raises:
+        ScopeError: a setting out of range.
+    """
+
+    streams: bool = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        temperature: float = 1.0,
+        max_tokens_per_batch: int = 8192,
+        log_prob_floor: float = -100.0,
+        excluded_token_ids: Collection[int] = (),
+        chunk_tokens: int | None = None,
+    ) -> None:
+        for name, found, right, expected in (
+            ("temperature", temperature, 0 < temperature < math.inf, "a number > 0"),
+            ("max_tokens_per_batch", max_tokens_per_batch, max_tokens_per_batch >= 1, "at least 1"),
+            ("log_prob_floor", log_prob_floor, -math.inf < log_prob_floor < 0, "a finite number < 0"),
+        ):
+            if not right:
+                raise ScopeError(f"teacher {name} = {found}", expected, f"change teacher.{name}")
+        self.view = HeadView(model)
+        self.temperature = temperature
+        self.max_tokens_per_batch = max_tokens_per_batch
+        self.log_prob_floor = log_prob_floor
+        self.excluded_token_ids = frozenset(excluded_token_ids)
+        self.chunk_tokens = chunk_tokens
+        self.scored_tokens = 0
+        self.scored_rollouts = 0
+        self._rows = min(model.get_input_embeddings().num_embeddings, self.view.vocabulary)
+        self._context = context_length(model.config)
+        self._device = next(model.parameters()).device
+
+    async def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
+        """Log-prob of every response token, log softmax(logits / temperature)[token], floored; one score a rollout.
+
+        A rollout with a token that the teacher has no row for cannot be scored: its ``logprobs`` are None. Computes
+        on the thread of the event loop and gives control back after every batch.
+
+        Raises:
+            ModelError: a rollout longer than the teacher's context.
+            RunFailed: a log-prob is NaN; names the rollout.
+        """
+        scores = [TeacherScore(logprobs=None)] * len(rollouts)
+        known = [index for index, rollout in enumerate(rollouts) if self._can_score(rollout)]
+        lengths = [len(rollouts[index].prompt_token_ids) + len(rollouts[index].token_ids) for index in known]
+        for batch in microbatches(lengths, self.max_tokens_per_batch):
+            members = [known[place] for place in batch]
+            for index, score in zip(members, self._score_batch([rollouts[index] for index in members]), strict=True):
+                scores[index] = score
+            await asyncio.sleep(0)
+        return scores
+
+    @torch.no_grad()
+    def response_logits(self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
+        """Logits / temperature that predict the tokens at ``positions``, without gradient: F32[T, V].
+
+        Args:
+            input_ids: I[B, L] on the teacher's device.
+            attention_mask: I[B, L], or None when padding is on the right.
+            positions: I[T, 2] of (row, column) of the predicted tokens.
+        """
+        return response_logits(self.view, input_ids, attention_mask, positions, self.temperature)
+
+    def _can_score(self, rollout: Rollout) -> bool:
+        length = len(rollout.prompt_token_ids) + len(rollout.token_ids)
+        if self._context is not None and length > self._context:
+            raise ModelError(
+                f"rollout {rollout.id!r} has {length} tokens with its prompt",
+                f"at most the teacher's context of {self._context}",
+                "lower rollout.max_tokens or data.max_prompt_tokens",
+            )
+        assert rollout.prompt_token_ids, f"rollout {rollout.id} has no prompt"
+        return max(max(rollout.prompt_token_ids), max(rollout.token_ids, default=0)) < self._rows
+
+    @torch.no_grad()
+    def _score_batch(self, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
+        input_ids, _ = pad_right(
+            [[*rollout.prompt_token_ids, *rollout.token_ids] for rollout in rollouts], device=self._device
+        )
+        lengths = [len(rollout.token_ids) for rollout in rollouts]
+        positions = response_positions([len(rollout.prompt_token_ids) for rollout in rollouts], lengths, self._device)
+        found = response_logprobs(
+            self.view, input_ids, None, positions, self.temperature, chunk_tokens=self.chunk_tokens, entropy=False
+        )
+        scores = []
+        for rollout, values in zip(rollouts, found.logprobs.cpu().split(lengths), strict=True):
+            self._refuse_nan(rollout, values)
+            low = values < self.log_prob_floor
+            floored = sum(
+                rollout.token_ids[place] not in self.excluded_token_ids for place in low.nonzero()[:, 0].tolist()
+            )
+            scores.append(TeacherScore(values.clamp_min(self.log_prob_floor).tolist(), floored))
+            self.scored_tokens += len(rollout.token_ids)
+            self.scored_rollouts += 1
+        return scores
+
+    @staticmethod
+    def _refuse_nan(rollout: Rollout, values: Tensor) -> None:
+        bad = values.isnan()
+        if bad.any():
+            raise RunFailed(
+                f"rollout {rollout.id!r}: the teacher's log-prob of response token {int(bad.nonzero()[0])} is NaN",
+                "a finite number or -inf",
+                "check the teacher's weights, or load it in float32 (teacher.dtype)",
+            )
