@@ -30,8 +30,8 @@ def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Ten
     Returns:
         [T], float32 (float64 for float64 logits), <= 0.
     """
-    scaled = tempered(logits, temperature)
-    return scaled.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(scaled, dim=-1)
+    log_p = torch.log_softmax(tempered(logits, temperature), dim=-1)
+    return log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
 def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
