@@ -1,3 +1,249 @@
-def doctor() -> int:
-    """Placeholder."""
-    return 0
+"""``scope doctor``: everything that can be known of a run before it starts, as a table with remedies.
+
+Models whose weights are under ``LOAD_LIMIT`` are loaded, larger ones are read by their config alone (on torch's meta
+device, so that parameters are counted exactly without memory).
+
+Not covered: speed, whether hub ids that are not in the local cache can be downloaded.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from scope_opd.errors import ScopeError
+
+if TYPE_CHECKING:
+    from scope_opd.cli.checks import Finding, Level
+    from scope_opd.config import Config
+
+LOAD_LIMIT = 2_000_000_000
+"""Bytes of weight files up to which a model is loaded rather than only described."""
+SHOWN_PROMPT = 300
+
+
+def doctor(
+    config: Path | None = None,
+    /,
+    *,
+    overrides: Annotated[list[str] | None, Parameter(name="--set", negative="")] = None,
+) -> int:
+    """Check environment, config, data and models before a run.
+
+    Each line is ok, warn or FAIL with what to do. Exit code 1 if anything
+    failed, 2 if the config itself is wrong. Without a config the embedded
+    task is checked.
+
+    Examples:
+      scope doctor
+      scope doctor my.toml
+      scope doctor my.toml --set rollout.max_tokens=4096
+
+    Parameters
+    ----------
+    config
+        The TOML file of a run.
+    overrides
+        TABLE.KEY=VALUE in place of what the file says; may be repeated.
+    """
+    from scope_opd.config import load_config
+
+    settings = load_config(config, overrides or [])
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    styles = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
+    table = Table(title=f"scope doctor {config or '(the embedded task)'}", title_justify="left", expand=False)
+    table.add_column("check", no_wrap=True)
+    table.add_column("")
+    table.add_column("found", overflow="fold")
+    findings = []
+    for finding in diagnose(settings, str(config or "defaults")):
+        findings.append(finding)
+        found = Text(finding.found)
+        if finding.remedy and finding.level != "ok":
+            found.append(f"\n{finding.remedy}", style="italic")
+        table.add_row(finding.subject, Text(finding.level, style=styles[finding.level]), found)
+    console.print(table)
+    failed = sum(finding.level == "FAIL" for finding in findings)
+    warned = sum(finding.level == "warn" for finding in findings)
+    console.print(f"{len(findings)} checks: {failed} failed, {warned} with a warning", highlight=False)
+    return 1 if failed else 0
+
+
+def diagnose(config: Config, name: str) -> Iterator[Finding]:
+    """All findings, in the order in which a run would meet them. A FAIL hides only what cannot be told without it."""
+    from scope_opd.cli.checks import Finding
+
+    yield from environment(config)
+    yield Finding("config", "ok", name)
+    longest = [config.data.max_prompt_tokens + config.rollout.max_tokens]
+    try:
+        yield from settings_and_data(config, longest)
+    except ScopeError as error:
+        yield _failure("data", error)
+    try:
+        yield from pair(config, longest[-1])
+    except ScopeError as error:
+        yield _failure("models", error)
+
+
+def environment(config: Config) -> Iterator[Finding]:
+    """Versions, device, memory, disk, run folder."""
+    import torch
+    import transformers
+
+    from scope_opd import __version__
+    from scope_opd.cli.checks import Finding, free_disk, free_memory, gigabytes
+    from scope_opd.models.loading import resolve_device
+
+    versions = f"scope-opd {__version__}, Python {platform.python_version()}, torch {torch.__version__}"
+    yield Finding("environment", "ok", f"{versions}, transformers {transformers.__version__}")
+    try:
+        device = resolve_device(config.train.device)
+        threads = config.train.threads or torch.get_num_threads()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        shown = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} threads on {cores} cores"
+        level: Level = "warn" if device.type == "cpu" and threads > cores else "ok"
+        yield Finding("device", level, f"{device}, {shown}", f"set train.threads = {cores}")
+    except ScopeError as error:
+        yield _failure("device", error)
+    memory = free_memory()
+    yield Finding("memory", "ok", f"{gigabytes(memory)} free" if memory is not None else "not known on this system")
+    folder = Path(config.run.dir)
+    disk = free_disk(folder)
+    yield Finding("disk", "warn" if disk < 1e9 else "ok", f"{gigabytes(disk)} free for {folder}", "free some space")
+    if folder.is_dir() and any(folder.iterdir()):
+        yield Finding("run folder", "warn", f"{folder} is not empty", "use --resume, or another run.dir")
+    elif not _writable(folder):
+        yield Finding("run folder", "FAIL", f"{folder} cannot be written", "choose another run.dir")
+    else:
+        yield Finding("run folder", "ok", f"{folder} is free")
+
+
+def settings_and_data(config: Config, longest: list[int]) -> Iterator[Finding]:
+    """Method, data, prompts and their lengths; the tokens of the longest prompt and response go into ``longest``."""
+    from scope_opd.cli import checks, inputs
+    from scope_opd.cli.checks import Finding
+
+    method = inputs.build_configured_method(config)
+    with_teacher = inputs.needs_teacher(config, method)
+    about = "teacher samples" if method.sampled_by == "teacher" else "teacher scores" if with_teacher else "no teacher"
+    yield Finding("method", "ok", f"{config.objective.method}, {about}")
+    yield checks.temperature(config)
+    rows = inputs.load_rows(config, config.data.train, "train")
+    characters = sorted(len(row.problem) for row in rows)
+    middle = characters[len(characters) // 2]
+    yield Finding("data.train", "ok", f"{len(rows)} rows, {middle} characters at the median, {characters[-1]} at most")
+    if len(rows) < config.train.prompts_per_step:
+        yield Finding(
+            "data.train", "FAIL", f"{len(rows)} rows and train.prompts_per_step = {config.train.prompts_per_step}",
+            "add rows or lower it",
+        )  # fmt: skip
+    tokenizer = inputs.student_tokenizer(config)
+    limits = inputs.contexts(config, with_teacher)
+    prompts = inputs.render(config, rows, tokenizer, limits, max_tokens=config.rollout.max_tokens)
+    lengths = sorted(len(prompt.token_ids) for prompt in prompts)
+    needed = lengths[-1] + config.rollout.max_tokens
+    longest.append(needed)
+    shown = ", ".join(f"{name} {length or 'unlimited'}" for name, length in limits.items())
+    span = f"prompts of {lengths[0]} to {lengths[-1]} tokens, with max_tokens up to {needed}"
+    yield Finding("lengths", "ok", f"{span}; contexts: {shown}")
+    text = prompts[0].text
+    yield Finding("first prompt", "ok", repr(text if len(text) <= SHOWN_PROMPT else text[:SHOWN_PROMPT] + " ..."))
+    held_out = inputs.eval_source(config)
+    if held_out is not None:
+        eval_rows = inputs.load_rows(config, held_out, "heldout")[: config.eval.problems]
+        limit = {"student": limits["student"]}
+        eval_prompts = inputs.render(config, eval_rows, tokenizer, limit, max_tokens=inputs.eval_max_tokens(config))
+        yield checks.overlap(prompts, eval_prompts)
+
+
+def pair(config: Config, tokens: int) -> Iterator[Finding]:
+    """Student and teacher: folders, tokenizers, end tokens, memory for sequences of ``tokens``."""
+    from scope_opd.cli import checks, engines, inputs
+    from scope_opd.cli.checks import Finding, free_memory, gigabytes
+    from scope_opd.models.loading import end_token_ids, resolve_device
+
+    with_teacher = inputs.needs_teacher(config, inputs.build_configured_method(config))
+    device = resolve_device(config.train.device)
+    student, note = _described(config.model, lambda: engines.load_student(config, device))
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    yield Finding("student", "ok", f"{config.model.path}: {_shape(student)}, {note}")
+    yield checks.learning_rate(config, parameters)
+    tokenizer = inputs.student_tokenizer(config)
+    ends = end_token_ids(student, tokenizer, config.chat.stop_token_ids)
+    shapes: dict[str, tuple[int, Any]] = {"student": (parameters, student.config.get_text_config())}
+    if with_teacher:
+        teacher, note = _described(config.teacher, lambda: engines.load_teacher(config, device))
+        yield Finding("teacher", "ok", f"{config.teacher.path}: {_shape(teacher)}, {note}")
+        theirs = inputs.teacher_tokenizer(config)
+        yield checks.compare_tokenizers(tokenizer, theirs)
+        yield checks.compare_ends(ends, end_token_ids(teacher, theirs), tokenizer)
+        shapes["teacher"] = (sum(p.numel() for p in teacher.parameters()), teacher.config.get_text_config())
+    else:
+        yield checks.compare_ends(ends, ends, tokenizer)
+    size, parts = checks.estimated_memory(config, shapes, tokens)
+    available = free_memory() if device.type == "cpu" else _gpu_memory(device)
+    level: Level = "warn" if available is not None and size > 0.8 * available else "ok"
+    there = f" of {gigabytes(available)} free" if available is not None else ""
+    yield Finding(
+        "memory estimate", level, f"at least {gigabytes(size)}{there}: {parts} (activations not counted)",
+        "lower rollout.max_rows or data.max_prompt_tokens, use param_dtype or teacher.dtype bfloat16, a smaller model",
+    )  # fmt: skip
+
+
+def _described(table: Any, load: Any) -> tuple[Any, str]:
+    """A model loaded, or, where its weights are large, built on the meta device from its config."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from scope_opd.cli.inputs import model_config
+    from scope_opd.models.loading import resolve_path
+
+    folder = Path(resolve_path(table.path))
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else LOAD_LIMIT + 1
+    if size <= LOAD_LIMIT:
+        return load(), "weights loaded"
+    config = model_config(table.path, table.revision, table.trust_remote_code)
+    if config is None:
+        return load(), "weights loaded"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=table.trust_remote_code)
+    return model, "described by its config, weights not read"
+
+
+def _shape(model: Any) -> str:
+    from scope_opd.models.loading import context_length
+
+    config = model.config.get_text_config()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    context = context_length(config) or "none stated"
+    return f"{type(model).__name__}, {parameters / 1e6:.3g}M parameters, {config.vocab_size} rows, context {context}"
+
+
+def _gpu_memory(device: Any) -> int | None:
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def _writable(folder: Path) -> bool:
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+
+
+def _failure(subject: str, error: ScopeError) -> Finding:
+    from scope_opd.cli.checks import Finding
+
+    found = error.found + (f"; expected {error.expected}" if error.expected else "")
+    return Finding(subject, "FAIL", found, error.remedy)

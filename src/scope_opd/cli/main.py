@@ -9,16 +9,16 @@ transformers.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from cyclopts import App, CycloptsError, UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
 from scope_opd import __version__
+from scope_opd.cli.names import nearest
 from scope_opd.errors import ScopeError
 
 COMMANDS = {
@@ -99,22 +99,16 @@ def usage_line(error: CycloptsError) -> str:
         token = error.unused_tokens[0]
         kind = "option" if token.startswith("-") else "command"
         known = [name for name in (error.app or ()) if name.startswith("--") == (kind == "option") and name != "-h"]
-        return f"unknown {kind} {token}; {_nearest(token, known)}; {see}"
+        return f"unknown {kind} {token}; expected {nearest(token, known)}; {see}"
     if isinstance(error, UnknownOptionError):
         name = (error.token.keyword or error.token.value).split("=", 1)[0]
         known = [option for argument in error.argument_collection for option in argument.names if argument.parse]
         known = [option for option in known if option.startswith("--")] + ["--help"]
-        return f"unknown option {name} of {command}; {_nearest(name, known)}; {see}"
+        return f"unknown option {name} of {command}; expected {nearest(name, known)}; {see}"
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         return f"unexpected argument {error.unused_tokens[0]}; expected none there; {see}"
     text = " ".join(str(error).split()).rstrip(".")
     return f"{text[:1].lower()}{text[1:]}; {see}"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    return f"expected one of {', '.join(names)}" + (f"; did you mean {close[0]}?" if close else "")
 
 
 def _fail(line: str, code: int) -> int:

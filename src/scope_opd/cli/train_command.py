@@ -1,3 +1,89 @@
-def train() -> int:
-    """Placeholder."""
+"""``scope train``: a config to a run folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from scope_opd.train.engines import TrainResult
+
+
+def train(
+    config: Path,
+    /,
+    *,
+    overrides: Annotated[list[str] | None, Parameter(name="--set", negative="")] = None,
+    resume: Annotated[bool, Parameter(negative="")] = False,
+    run_dir: Path | None = None,
+) -> int:
+    """Train a student by the method that a TOML config names.
+
+    Leaves a run folder: the resolved config, metrics.jsonl, rollouts.jsonl,
+    eval.jsonl, checkpoints, and export/, the final student in Hugging Face
+    layout. Ctrl-C saves and exits; --resume goes on from there, and ends as
+    an uninterrupted run would have.
+
+    Examples:
+      scope train configs/debug.toml
+      scope train configs/demo.toml --set objective.tau=0.5 --set train.steps=20
+      scope train my.toml --run-dir runs/second --set run.seed=1
+      scope train my.toml --resume
+
+    Parameters
+    ----------
+    config
+        The TOML file; configs/local_pair.toml is one to start from.
+    overrides
+        TABLE.KEY=VALUE in place of what the file says; may be repeated.
+    resume
+        Continue the run in the run folder from its newest sound checkpoint.
+    run_dir
+        The run folder, in place of run.dir.
+    """
+    from scope_opd.config import load_config
+
+    given = list(overrides or [])
+    if run_dir is not None:
+        given.append(f'run.dir="{_toml_text(run_dir)}"')
+    settings = load_config(config, given)
+    folder = Path(settings.run.dir)
+    if folder.exists():
+        # An occupied folder is worth knowing of before minutes of loading.
+        from scope_opd.train.runfolder import RunFolder
+
+        RunFolder.open(folder, resume=resume).close()
+    print("loading torch, data and models ...", file=sys.stderr, flush=True)
+
+    from scope_opd.cli.engines import build_engines
+    from scope_opd.train.loop import train as run_training
+
+    built = build_engines(settings)
+    for warning in built.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"first prompt: {built.engines.schedule.batch(0)[0].text!r}", file=sys.stderr, flush=True)
+    print("\n".join(outcome(run_training(settings, built.engines, resume=resume))))
     return 0
+
+
+def outcome(result: TrainResult) -> list[str]:
+    """What a finished run has to say."""
+    lines = [f"done: {result.steps} steps in {result.folder}"]
+    for row in result.evaluations:
+        if row.get("step") == result.steps:
+            passes = ", ".join(f"Pass@{k} {100 * value:.1f}" for k, value in row["pass@k"].items() if k != "1")
+            lines.append(
+                f"held out, T={row['temperature']:g}: Avg@{row['n']} {100 * row['avg@k']:.1f}"
+                + (f", {passes}" if passes else "")
+            )
+    if result.export is not None:
+        lines.append(f"model: {result.export}")
+    lines.append(f"look at it: scope report {result.folder} --out {result.folder}/report.html")
+    return lines
+
+
+def _toml_text(path: Path) -> str:
+    return str(path).replace("\\", "\\\\").replace('"', '\\"')

@@ -1,0 +1,315 @@
+"""From a config to engines: the only place that knows which class does which job.
+
+``build_engines`` serves a training run, ``build_model_evaluator`` anything that only samples and judges. Whatever can
+be checked cheaply is checked before weights are loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from scope_opd.cli import checks
+from scope_opd.cli.inputs import (
+    build_configured_method,
+    build_verifier,
+    contexts,
+    eval_max_tokens,
+    eval_source,
+    load_rows,
+    needs_teacher,
+    render,
+    student_tokenizer,
+    teacher_tokenizer,
+)
+from scope_opd.config import Config
+from scope_opd.credit import assign_credit
+from scope_opd.data.prompts import PromptSchedule
+from scope_opd.errors import ConfigError
+from scope_opd.evaluate.run import evaluate, evaluation_seed
+from scope_opd.models.head import HeadView, response_logprobs
+from scope_opd.models.loading import end_token_ids, load_model, resolve_device
+from scope_opd.objective.methods import Method
+from scope_opd.pipeline import Pipeline
+from scope_opd.rollout.local import LocalSampler
+from scope_opd.teacher.local import LocalTeacher
+from scope_opd.train.engines import Engines, SurrogateSettings, TokenFunction
+from scope_opd.types import Prompt, Sampler, SamplingParams, Verifier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(slots=True)
+class Built:
+    """What ``build_engines`` makes.
+
+    Attributes:
+        engines: everything the trainer is handed.
+        method: the method.
+        train_prompts, eval_prompts: rendered prompts; ``eval_prompts`` is empty where nothing is evaluated.
+        warnings: lines worth showing before the run.
+    """
+
+    engines: Engines
+    method: Method
+    train_prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    warnings: list[str] = field(default_factory=list)
+
+
+def build_engines(config: Config) -> Built:
+    """Load everything that a training run needs.
+
+    Raises:
+        ScopeError: anything that is wrong with data, models or settings.
+    """
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    device = resolve_device(config.train.device)
+    method = build_configured_method(config)
+    with_teacher = needs_teacher(config, method)
+    if config.objective.distill == "full_kl" and not (method.needs_teacher(True) or method.needs_teacher(False)):
+        raise ConfigError(
+            f"objective.distill = 'full_kl' with objective.method = {config.objective.method!r}",
+            "a method that distils",
+            "use 'sampled', or scope, dual_path, opd or reward_opd",
+        )
+    held_out = eval_source(config)
+    rows = load_rows(config, config.data.train, "train")
+    eval_rows = load_rows(config, held_out, "heldout")[: config.eval.problems] if held_out else []
+    tokenizer = student_tokenizer(config)
+    limits = contexts(config, with_teacher)
+    train_prompts = render(config, rows, tokenizer, limits, max_tokens=config.rollout.max_tokens)
+    eval_prompts = render(
+        config, eval_rows, tokenizer, {"student": limits["student"]}, max_tokens=eval_max_tokens(config)
+    )
+    schedule = PromptSchedule(
+        train_prompts, config.train.prompts_per_step, seed=config.run.seed, shuffle=config.data.shuffle
+    )
+    findings = [checks.temperature(config)]
+    if eval_prompts:
+        findings.append(checks.overlap(train_prompts, eval_prompts))
+    if with_teacher:
+        theirs = teacher_tokenizer(config)
+        findings.append(checks.compare_tokenizers(tokenizer, theirs))
+    warnings = checks.enforce(findings)
+    if held_out and len(eval_rows) < config.eval.problems:
+        warnings.append(f"eval.problems = {config.eval.problems}: data.eval has {len(eval_rows)}, all are used")
+
+    student = load_student(config, device)
+    ends = end_token_ids(student, tokenizer, config.chat.stop_token_ids)
+    findings = [checks.vocabulary_rows([*train_prompts, *eval_prompts], ends, "student", _rows(student))]
+    autocast = torch.bfloat16 if device.type == "cuda" and config.train.param_dtype == "float32" else None
+    sampling = SamplingParams(
+        n=config.rollout.n,
+        temperature=config.rollout.temperature,
+        max_tokens=config.rollout.max_tokens,
+        stop_token_ids=ends,
+        seed=config.run.seed,
+    )
+    sampler: Sampler = LocalSampler(student, tokenizer, max_rows=config.rollout.max_rows, autocast=autocast)
+    scorer = None
+    common = None
+    if with_teacher:
+        common = checks.common_vocabulary(tokenizer, theirs)
+        teacher = load_teacher(config, device)
+        teacher_ends = end_token_ids(teacher, theirs)
+        findings += [
+            checks.compare_ends(ends, teacher_ends, tokenizer),
+            checks.vocabulary_rows(train_prompts, (), "teacher", _rows(teacher)),
+        ]
+        if method.sampled_by == "teacher":
+            sampler = LocalSampler(teacher, tokenizer, max_rows=config.rollout.max_rows)
+            sampling = replace(
+                sampling,
+                temperature=config.teacher.temperature or sampling.temperature,
+                stop_token_ids=tuple(sorted({*ends, *teacher_ends})),
+            )
+        scorer = LocalTeacher(
+            teacher,
+            temperature=teacher_temperature(config),
+            max_tokens_per_batch=config.teacher.max_tokens_per_batch,
+            log_prob_floor=config.teacher.log_prob_floor,
+        )
+    warnings += checks.enforce(findings)
+    verifier, distinct_key = build_verifier(config)
+    pipeline = Pipeline(
+        sampler,
+        verifier,
+        scorer,
+        method.needs_teacher,
+        truncated=config.objective.truncated,
+        reward_threshold=config.objective.reward_threshold,
+    )
+    evaluator = None
+    if eval_prompts:
+        judge = eval_sampler(config, student, tokenizer, autocast)
+        evaluator = build_evaluator(config, judge, verifier, eval_prompts, ends, distinct_key)
+    engines = Engines(
+        model=student,
+        tokenizer=tokenizer,
+        pipeline=pipeline,
+        credit=partial(
+            assign_credit,
+            method=method,
+            truncated=config.objective.truncated,
+            reward_threshold=config.objective.reward_threshold,
+        ),
+        schedule=schedule,
+        sampling=sampling,
+        surrogate=surrogate_settings(config, method, sampling, common),
+        teacher_logits=scorer.response_logits if scorer is not None and config.objective.distill == "full_kl" else None,
+        reference=frozen_reference(config, student, autocast) if config.objective.reference_kl > 0 else None,
+        evaluator=evaluator,
+        weights_use_tau=weighs_by_perplexity(method),
+    )
+    return Built(engines, method, train_prompts, eval_prompts, warnings)
+
+
+def load_student(config: Config, device: torch.device) -> PreTrainedModel:
+    """The student in ``train.param_dtype`` on its device."""
+    model = config.model
+    return load_model(
+        model.path,
+        revision=model.revision,
+        dtype=getattr(torch, config.train.param_dtype),
+        device=device,
+        attn_implementation=model.attn_implementation,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def load_teacher(config: Config, device: torch.device) -> PreTrainedModel:
+    """The teacher, frozen, in ``teacher.dtype``."""
+    teacher = config.teacher
+    dtype = teacher.dtype if teacher.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    loaded = load_model(
+        teacher.path,
+        revision=teacher.revision,
+        dtype=getattr(torch, dtype),
+        device=device,
+        attn_implementation=teacher.attn_implementation,
+        trust_remote_code=teacher.trust_remote_code,
+    )
+    loaded.requires_grad_(False)
+    return loaded
+
+
+def teacher_temperature(config: Config) -> float:
+    """What the teacher's logits are divided by: the sampling temperature if ``matched``, else 1."""
+    return config.rollout.temperature if config.objective.temperature == "matched" else 1.0
+
+
+def student_temperature(config: Config) -> float:
+    """What the student's logits are divided by in the objective."""
+    return 1.0 if config.objective.temperature == "raw" else config.rollout.temperature
+
+
+def surrogate_settings(
+    config: Config, method: Method, sampling: SamplingParams, common_vocabulary: int | None
+) -> SurrogateSettings:
+    """The update's settings: the config's where given, else what the method was published with."""
+    objective = config.objective
+    return SurrogateSettings(
+        aggregation=objective.aggregation or method.aggregation,
+        clip=method.clip if objective.clip is None else objective.clip,
+        dual_clip=method.dual_clip if objective.dual_clip is None else objective.dual_clip,
+        correction_cap=objective.sampler_correction_cap,
+        sampling_temperature=sampling.temperature,
+        student_temperature=student_temperature(config),
+        sampled_by=method.sampled_by,
+        distill=objective.distill,
+        reference_kl=objective.reference_kl,
+        common_vocabulary=common_vocabulary,
+    )
+
+
+def frozen_reference(config: Config, student: PreTrainedModel, autocast: torch.dtype | None) -> TokenFunction:
+    """Log-probs of the student as it was loaded: resuming loads the same weights before the checkpoint's."""
+    view = HeadView(copy.deepcopy(student).requires_grad_(False))
+    temperature = student_temperature(config)
+
+    def logprobs(input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        precision: Any = contextlib.nullcontext()
+        if autocast is not None:
+            precision = torch.autocast(input_ids.device.type, dtype=autocast)
+        with torch.no_grad(), precision:
+            return response_logprobs(view, input_ids, None, positions, temperature, entropy=False).logprobs
+
+    return logprobs
+
+
+def weighs_by_perplexity(method: Method) -> bool:
+    """Whether tau means anything to the method as it is set."""
+    directions = (getattr(method, "student_weight", "uniform"), getattr(method, "teacher_weight", "uniform"))
+    return hasattr(method, "tau") and directions != ("uniform", "uniform")
+
+
+def build_evaluator(
+    config: Config,
+    sampler: Sampler,
+    verifier: Verifier,
+    prompts: Sequence[Prompt],
+    ends: tuple[int, ...],
+    distinct_key: Callable[[str], str] | None,
+) -> Callable[[int, int], Any]:
+    """``(step, policy_version) ->`` the rows of eval.jsonl, one for each of ``eval.temperatures``."""
+    settings = config.eval
+
+    async def rows(step: int, policy_version: int) -> list[dict[str, Any]]:
+        found = []
+        for temperature in settings.temperatures:
+            params = SamplingParams(
+                n=settings.n,
+                temperature=temperature,
+                max_tokens=eval_max_tokens(config),
+                stop_token_ids=ends,
+                seed=evaluation_seed(config.run.seed),
+                top_p=settings.top_p,
+                top_k=settings.top_k,
+                repetition_penalty=settings.repetition_penalty,
+            )
+            result = await evaluate(
+                sampler, verifier, prompts, params, step=step, policy_version=policy_version, distinct_key=distinct_key
+            )
+            found.append(result.to_json())
+        return found
+
+    return rows
+
+
+def build_model_evaluator(config: Config) -> Callable[[int, int], Any]:
+    """The evaluator of ``[model]`` as it is: no teacher, no training."""
+    device = resolve_device(config.train.device)
+    source = eval_source(config)
+    if source is None:
+        raise ConfigError("[eval] asks for no evaluation", "eval.at_end = true", "set it")
+    tokenizer = student_tokenizer(config)
+    rows = load_rows(config, source, "heldout")[: config.eval.problems]
+    prompts = render(config, rows, tokenizer, contexts(config, False), max_tokens=eval_max_tokens(config))
+    model = load_student(config, device)
+    verifier, distinct_key = build_verifier(config)
+    ends = end_token_ids(model, tokenizer, config.chat.stop_token_ids)
+    sampler = eval_sampler(config, model, tokenizer, None)
+    return build_evaluator(config, sampler, verifier, prompts, ends, distinct_key)
+
+
+def eval_sampler(
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast: torch.dtype | None
+) -> LocalSampler:
+    """Decodes no more rows at once than training does, so that what trains also evaluates in the same memory."""
+    rows = config.rollout.max_rows or config.train.prompts_per_step * config.rollout.n
+    return LocalSampler(model, tokenizer, max_rows=rows, autocast=autocast)
+
+
+def _rows(model: PreTrainedModel) -> int:
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.num_embeddings)

@@ -1,0 +1,163 @@
+"""What a config names besides weights: rows, prompts, verifier, method, tokenizers. All of it is cheap to look at.
+
+Not covered: weights (``engines``), whether the parts fit together (``checks``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from scope_opd.cli.names import nearest
+from scope_opd.config import Config
+from scope_opd.data.prompts import render_prompts
+from scope_opd.data.rows import Columns, Row, check_rows, read_rows
+from scope_opd.errors import ConfigError
+from scope_opd.models.loading import context_length, load_tokenizer, resolve_path
+from scope_opd.objective.methods import Method, build_method, method_names
+from scope_opd.types import Prompt, Verifier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ZOO = "zoo"
+
+
+def load_rows(config: Config, source: str, split: str) -> list[Row]:
+    """Rows of the zoo or of a file.
+
+    Args:
+        config: names the columns.
+        source: ``zoo`` or a file.
+        split: "train" or "heldout", for the zoo.
+    """
+    data = config.data
+    if source == ZOO:
+        from scope_opd.zoo.task import load_rows as load_zoo
+
+        rows = load_zoo("train" if split == "train" else "heldout")
+        numbered = ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+        return check_rows(numbered, source=f"zoo ({split})", max_rows=data.max_rows)
+    return read_rows(source, Columns(data.problem_column, data.answer_column, data.id_column), max_rows=data.max_rows)
+
+
+def eval_source(config: Config) -> str | None:
+    """Where held-out problems come from; the zoo brings its own. None where the config wants no evaluation.
+
+    Raises:
+        ConfigError: an evaluation is asked for and there are no problems for it.
+    """
+    if not (config.eval.every or config.eval.at_start or config.eval.at_end):
+        return None
+    source = config.data.eval or (ZOO if config.data.train == ZOO else None)
+    if source is None:
+        raise ConfigError(
+            "[eval] asks for an evaluation and data.eval is not set", "a file of held-out problems", "set data.eval"
+        )
+    return source
+
+
+def build_verifier(config: Config) -> tuple[Verifier, Callable[[str], str] | None]:
+    """The verifier, and what makes two correct solutions "the same" (None: not counted)."""
+    name = config.data.verifier
+    if name == "auto":
+        name = "zoo" if config.data.train == ZOO else "boxed"
+    if name == "zoo":
+        from scope_opd.zoo.task import distinct_key
+        from scope_opd.zoo.verifier import RunningSumVerifier
+
+        return RunningSumVerifier(), distinct_key
+    from scope_opd.verify.boxed import BoxedVerifier
+
+    return BoxedVerifier(), None
+
+
+def build_configured_method(config: Config) -> Method:
+    """The method with its settings, after importing ``objective.plugins``.
+
+    Raises:
+        ConfigError: a plug-in that cannot be imported, an unknown method, or settings that it refuses.
+    """
+    objective = config.objective
+    for plugin in objective.plugins:
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            importlib.import_module(plugin)
+        except ImportError as error:
+            raise ConfigError(
+                f"objective.plugins has {plugin!r}: {error}", "an importable module", "check the name and where you are"
+            ) from None
+    if objective.method not in method_names():
+        raise ConfigError(f"objective.method = {objective.method!r}", nearest(objective.method, method_names()))
+    try:
+        return build_method(objective.method, objective.model_dump(), **objective.method_settings)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"objective: {error}", "settings that the method takes", "change [objective]") from None
+
+
+def needs_teacher(config: Config, method: Method) -> bool:
+    """Whether a run loads the teacher at all."""
+    return method.sampled_by == "teacher" or method.needs_teacher(True) or method.needs_teacher(False)
+
+
+def student_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The student's tokenizer: that of its folder, or ``model.tokenizer``."""
+    model = config.model
+    path = model.tokenizer or model.path
+    return load_tokenizer(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+
+
+def teacher_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The teacher's tokenizer."""
+    teacher = config.teacher
+    return load_tokenizer(teacher.path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
+
+
+def model_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """A model's config without its weights; None where it cannot be read, which loading explains better."""
+    from transformers import AutoConfig
+
+    with suppress(OSError, ValueError, KeyError):
+        return AutoConfig.from_pretrained(resolve_path(path), revision=revision, trust_remote_code=trust_remote_code)
+    return None
+
+
+def contexts(config: Config, with_teacher: bool) -> dict[str, int | None]:
+    """Context lengths by name, as far as the configs state them."""
+    named: dict[str, Any] = {"student": config.model}
+    if with_teacher:
+        named["teacher"] = config.teacher
+    lengths = {}
+    for name, table in named.items():
+        found = model_config(table.path, table.revision, table.trust_remote_code)
+        lengths[name] = None if found is None else context_length(found)
+    return lengths
+
+
+def render(
+    config: Config,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: dict[str, int | None],
+    *,
+    max_tokens: int,
+) -> list[Prompt]:
+    """Rows as prompts, with the config's chat settings and limits."""
+    return render_prompts(
+        rows,
+        tokenizer,
+        config.chat,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_tokens=max_tokens,
+        contexts=limits,
+    )
+
+
+def eval_max_tokens(config: Config) -> int:
+    """Response tokens in evaluation; training's where ``[eval]`` names none."""
+    return config.eval.max_tokens or config.rollout.max_tokens
