@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -312,6 +314,22 @@ def test_pool_of_settings_may_hold_what_other_methods_declare_but_own_settings_m
 def test_unknown_method_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="method = 'scop'; expected one of dual_path, grpo, kd, opd, positive"):
         build_method("scop")
+
+
+def test_no_room_of_the_method_branches_on_a_methods_name() -> None:
+    # The demo and the report name the methods that they show; everything else learns nothing of which one runs. The one
+    # exception is the config's rule that a group-relative advantage needs a group.
+    root = Path(methods.__file__).parent.parent
+    found = set()
+    for path in root.rglob("*.py"):
+        if path.relative_to(root).parts[0] in ("cli", "report"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Compare, ast.match_case)):
+                inside = ast.walk(node if isinstance(node, ast.Compare) else node.pattern)
+                names = {leaf.value for leaf in inside if isinstance(leaf, ast.Constant)} & set(method_names())
+                found |= {(path.name, name) for name in names}
+    assert found <= {("config.py", "grpo")}
 
 
 @pytest.fixture
