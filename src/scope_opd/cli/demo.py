@@ -29,6 +29,13 @@ METHODS = ("scope", "dual_path", "opd", "grpo")
 MARKER = "summary.json"
 QUICK = {"steps": 5, "problems": 20, "samples": 8}
 
+EXAMPLES = """Examples:
+  scope demo
+  scope demo --out /tmp/demo --seeds 3
+  scope demo --quick
+  scope demo --set objective.distill=full_kl --out runs/exact
+"""
+
 
 def demo(
     *,
@@ -44,12 +51,6 @@ def demo(
     teacher of 0.5M by scope, dual_path, opd and grpo, from the same start
     and with equal rollouts. Start, teacher and results are evaluated on 200
     held-out problems. Leaves run folders, report.html and summary.json.
-
-    Examples:
-      scope demo
-      scope demo --out /tmp/demo --seeds 3
-      scope demo --quick
-      scope demo --set objective.distill=full_kl --out runs/exact
 
     Parameters
     ----------

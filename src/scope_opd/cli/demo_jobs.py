@@ -209,8 +209,8 @@ def summarise_demo(base: Config, jobs: Sequence[Job], *, seconds: float, workers
                         }
                     )
     return {
-        "what": "percentages on held-out problems; ci95: bootstrap over problems, for these very models; seed_margin: half "
-        "the 95 % t interval over seeds; resolved: both exclude 0",
+        "what": "percentages on held-out problems; ci95: bootstrap over problems, for these very models; "
+        "seed_margin: half the 95 % t interval over seeds; resolved: both exclude 0",
         "settings": base.model_dump(mode="json"),
         "environment": {
             "scope_version": __version__,
@@ -240,8 +240,12 @@ def print_table(summary: dict[str, Any]) -> None:
     problems = max(
         (entry["problems"] for line in summary["results"] for entry in line["by_temperature"].values()), default=0
     )
-    title = f"{problems} held-out problems, per cent [95 % interval over problems], {seeds} seeds a method"
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
+    console.print(
+        f"\n{problems} held-out problems, per cent [95 % interval over problems], {seeds} seeds a method",
+        markup=False,
+        highlight=False,
+    )
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     columns = []
     for temperature in temperatures:

@@ -26,6 +26,12 @@ LOAD_LIMIT = 2_000_000_000
 """Bytes of weight files up to which a model is loaded rather than only described."""
 SHOWN_PROMPT = 300
 
+EXAMPLES = """Examples:
+  scope doctor
+  scope doctor my.toml
+  scope doctor my.toml --set rollout.max_tokens=4096
+"""
+
 
 def doctor(
     config: Path | None = None,
@@ -38,11 +44,6 @@ def doctor(
     Each line is ok, warn or FAIL with what to do. Exit code 1 if anything
     failed, 2 if the config itself is wrong. Without a config the embedded
     task is checked.
-
-    Examples:
-      scope doctor
-      scope doctor my.toml
-      scope doctor my.toml --set rollout.max_tokens=4096
 
     Parameters
     ----------

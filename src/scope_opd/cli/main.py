@@ -29,7 +29,8 @@ COMMANDS = {
     "zoo": "zoo_command:app",
     "doctor": "doctor:doctor",
 }
-"""Name and place of each command; its help is its docstring, so its module must be cheap to import."""
+"""Name and place of each command. Its help is its docstring and its module's EXAMPLES, so that module is imported for
+``scope --help`` and must be cheap."""
 HELP = "SCOPE: signal-calibrated on-policy distillation of small language models."
 EXAMPLES = """Examples:
   scope demo                                     see it work on two CPU cores
@@ -53,13 +54,14 @@ def build_app() -> App:
         suppress_keyboard_interrupt=False,
     )
     for name, target in COMMANDS.items():
-        module, _, attribute = target.partition(":")
-        command = getattr(importlib.import_module(f"scope_opd.cli.{module}"), attribute)
+        place, _, attribute = target.partition(":")
+        module = importlib.import_module(f"scope_opd.cli.{place}")
+        command = getattr(module, attribute)
         if isinstance(command, App):
             command.help_epilogue = ""
             app.command(command)
         else:
-            app.command(command, name=name, help_epilogue="")
+            app.command(command, name=name, help_epilogue=module.EXAMPLES)
     return app
 
 

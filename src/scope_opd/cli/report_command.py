@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+EXAMPLES = """Examples:
+  scope report runs/mine --out mine.html
+  scope report runs/demo --out demo.html
+"""
+
 
 def report(*runs: Path, out: Path = Path("report.html")) -> int:
     """Turn run folders into one self-contained HTML file.
@@ -11,10 +16,6 @@ def report(*runs: Path, out: Path = Path("report.html")) -> int:
     It shows results with intervals, learning curves, weights and rollouts.
     Folders of training runs (scope train) and of evaluations (those that
     scope demo leaves) may be mixed.
-
-    Examples:
-      scope report runs/mine --out mine.html
-      scope report runs/demo/* --out demo.html
 
     Parameters
     ----------
@@ -27,7 +28,7 @@ def report(*runs: Path, out: Path = Path("report.html")) -> int:
     from scope_opd.report import build_report
 
     if not runs:
-        raise DataError("no run folder named", "at least one", "for example scope report runs/demo/*")
+        raise DataError("no run folder named", "at least one", "for example scope report runs/demo")
     build_report(list(runs), out)
     print(f"report: {out}")
     return 0

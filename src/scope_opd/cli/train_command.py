@@ -11,6 +11,13 @@ from cyclopts import Parameter
 if TYPE_CHECKING:
     from scope_opd.train.engines import TrainResult
 
+EXAMPLES = """Examples:
+  scope train configs/debug.toml
+  scope train configs/demo.toml --set objective.tau=0.5 --set train.steps=20
+  scope train my.toml --run-dir runs/second --set run.seed=1
+  scope train my.toml --resume
+"""
+
 
 def train(
     config: Path,
@@ -26,12 +33,6 @@ def train(
     eval.jsonl, checkpoints, and export/, the final student in Hugging Face
     layout. Ctrl-C saves and exits; --resume goes on from there, and ends as
     an uninterrupted run would have.
-
-    Examples:
-      scope train configs/debug.toml
-      scope train configs/demo.toml --set objective.tau=0.5 --set train.steps=20
-      scope train my.toml --run-dir runs/second --set run.seed=1
-      scope train my.toml --resume
 
     Parameters
     ----------

@@ -26,6 +26,14 @@ LOG_PROB_FLOOR = -100.0
 MAX_NLL = 700.0
 """Beyond this exp() leaves the range of a float; no sampled response is as unlikely."""
 
+EXAMPLES = """Examples:
+  scope weights rollouts.jsonl
+  scope weights runs/demo/scope-0/rollouts.jsonl --tau 0.5
+  scope weights rollouts.jsonl --student-weight uniform --teacher-weight uniform
+  scope weights rollouts.jsonl --preset as_released
+  zcat rollouts.jsonl.gz | scope weights -
+"""
+
 
 def weights(
     file: Annotated[Path, Parameter(allow_leading_hyphen=True)],
@@ -55,13 +63,6 @@ def weights(
     path, null where it is not known), reinforce, distill, masked. A wrong row
     without teacher_logprobs stays on the teacher path, masked. Nothing is
     printed unless every row is sound.
-
-    Examples:
-      scope weights rollouts.jsonl
-      scope weights runs/demo/scope-0/rollouts.jsonl --tau 0.5
-      scope weights rollouts.jsonl --student-weight uniform --teacher-weight uniform
-      scope weights rollouts.jsonl --preset as_released
-      zcat rollouts.jsonl.gz | scope weights -
 
     Parameters
     ----------

@@ -9,16 +9,20 @@ from typing import Any
 
 from cyclopts import App
 
+COPY_EXAMPLES = """Examples:
+  scope zoo copy zoo
+  scope train configs/debug.toml --set model.path=zoo/student
+"""
+BUILD_EXAMPLES = """Examples:
+  scope zoo build --out zoo-new
+  scope zoo build --out zoo-7 --seed 7
+"""
 app = App(name="zoo", help="The embedded task: list it, copy it, build it anew.", help_format="plaintext")
 
 
-@app.command(name="list")
+@app.command(name="list", help_epilogue="Examples:\n  scope zoo list")
 def list_zoo() -> int:
-    """List what is shipped: models and data, with sizes and paths.
-
-    Examples:
-      scope zoo list
-    """
+    """List what is shipped: models and data, with sizes and paths."""
     from scope_opd.zoo import data_path, model_path
 
     for name in ("student", "teacher"):
@@ -34,13 +38,9 @@ def list_zoo() -> int:
     return 0
 
 
-@app.command
+@app.command(help_epilogue=COPY_EXAMPLES)
 def copy(folder: Path, /) -> int:
     """Copy the shipped models and data to a folder of yours.
-
-    Examples:
-      scope zoo copy zoo
-      scope train CONFIG.toml --set model.path=zoo/student --set data.train=zoo/train.jsonl
 
     Parameters
     ----------
@@ -59,15 +59,11 @@ def copy(folder: Path, /) -> int:
     return 0
 
 
-@app.command
+@app.command(help_epilogue=BUILD_EXAMPLES)
 def build(*, out: Path, seed: int = 0) -> int:
     """Train the zoo's teacher and student from nothing (at most 15 minutes on 2 cores).
 
     Prints the figures that they reach.
-
-    Examples:
-      scope zoo build --out zoo-new
-      scope zoo build --out zoo-7 --seed 7
 
     Parameters
     ----------
