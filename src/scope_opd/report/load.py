@@ -1,0 +1,280 @@
+"""Reading run folders leniently: whatever a killed or unfinished run left behind can still be shown.
+
+A line that cannot be read is left out and becomes a note for the reader of the report; nothing is guessed. Rows written
+twice (a run that was killed and resumed) count once, the later one. Rollout files can be large, so they are read one
+line at a time and only what plots need is kept; the viewer reads its few lines again by their offsets.
+
+Not covered: checkpoints, exports, configs of a later version (they are shown as they are, never validated).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scope_opd.errors import RunFolderError
+
+RUN_FILES = ("run.json", "metrics.jsonl", "eval.jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutPoint:
+    """What plots need of one rollout: its path's perplexity and the weight it got."""
+
+    id: str
+    group: str
+    step: int
+    offset: int
+    tokens: int
+    correct: bool | None
+    masked: bool
+    ppl: float | None
+    weight: float | None
+
+
+@dataclass(slots=True)
+class Run:
+    """One run folder.
+
+    Attributes:
+        kind: "training", or "evaluation" (only eval.jsonl inside; ``label`` says whose).
+        config, config_text: the resolved config as plain values and as written.
+        notes: sentences about what is missing or could not be read.
+    """
+
+    path: Path
+    name: str
+    kind: str = "training"
+    label: str | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    evals: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    status: dict[str, Any] = field(default_factory=dict)
+    rollouts: list[RolloutPoint] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def method(self) -> str:
+        return str(self.info.get("method") or table(self.config, "objective").get("method") or "unknown")
+
+    @property
+    def seed(self) -> int | None:
+        seed = self.info.get("seed", table(self.config, "run").get("seed"))
+        return seed if isinstance(seed, int) else None
+
+    @property
+    def planned_steps(self) -> int | None:
+        steps = table(self.config, "train").get("steps")
+        return steps if isinstance(steps, int) else None
+
+    @property
+    def last_step(self) -> int | None:
+        return self.metrics[-1]["step"] if self.metrics else None
+
+
+def table(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """A table of a config, or an empty one where it is missing or no table."""
+    found = values.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def number(value: object) -> float | None:
+    """A finite number, or None for anything else (null, NaN, text, true)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def numbers(values: object) -> list[float] | None:
+    """A list of finite numbers, or None when anything in it is not one."""
+    if not isinstance(values, list):
+        return None
+    found = [number(value) for value in values]
+    return None if any(value is None for value in found) else [value for value in found if value is not None]
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """The run folders named, each once; a folder that only *holds* run folders stands for those inside it.
+
+    Raises:
+        RunFolderError: nothing named, no such folder, a file, or a folder that is no run and holds none.
+    """
+    if not paths:
+        raise RunFolderError("no run folders were named", "at least one", "for example: scope report runs/demo")
+    found: list[Path] = []
+    for path in map(Path, paths):
+        try:
+            if not path.exists():
+                raise RunFolderError(f"{path}: no such folder", "a run folder", "check the path")
+            if not path.is_dir():
+                raise RunFolderError(f"{path} is a file", "a run folder", "name the folder that holds it")
+            inside = sorted(child for child in path.iterdir() if child.is_dir() and _is_run(child))
+        except OSError as error:
+            raise RunFolderError(f"{path}: {error.strerror}", "a readable run folder", "check permissions") from None
+        if _is_run(path):
+            found.append(path)
+        elif inside:
+            found += inside
+        else:
+            raise RunFolderError(
+                f"{path} is not a run folder: it holds none of {', '.join(RUN_FILES)}",
+                "a folder written by scope train",
+                "check the path",
+            )
+    return list({path.resolve(): path for path in found}.values())
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in RUN_FILES)
+
+
+def load_run(path: Path) -> Run:
+    """Read one run folder; what cannot be read is in ``Run.notes``."""
+    run = Run(path=path, name=path.resolve().name)
+    run.info = _json_object(run, "run.json")
+    run.kind = "evaluation" if run.info.get("kind") == "evaluation" else "training"
+    label = run.info.get("label")
+    run.label = label if isinstance(label, str) and label.strip() else None
+    run.status = _json_object(run, "status.json", required=False)
+    _read_config(run)
+    run.metrics = _by_key(run, "metrics.jsonl", ("step",), required=run.kind == "training")
+    run.evals = _by_key(run, "eval.jsonl", ("step", "temperature", "n"), required=False)
+    run.events = [row for _, row in _rows(run, "events.jsonl") if isinstance(row.get("kind"), str)]
+    run.rollouts = _read_rollouts(run)
+    if run.kind == "training":
+        _note_unfinished(run)
+    return run
+
+
+def read_rollouts(run: Run, points: Sequence[RolloutPoint]) -> Iterator[dict[str, Any]]:
+    """The full rows of some rollouts, by the offsets that ``load_run`` noted."""
+    with (run.path / "rollouts.jsonl").open("rb") as lines:
+        for point in points:
+            lines.seek(point.offset)
+            yield _parse(lines.readline())
+
+
+def _parse(line: bytes) -> Any:
+    return json.loads(line.decode("utf-8"), parse_constant=lambda name: None)
+
+
+def _json_object(run: Run, name: str, *, required: bool = True) -> dict[str, Any]:
+    try:
+        value = _parse((run.path / name).read_bytes())
+    except FileNotFoundError:
+        if required:
+            run.notes.append(f"{name} is missing: method, seed and model are taken from config.toml where it has them.")
+        return {}
+    except (OSError, ValueError, RecursionError):
+        run.notes.append(f"{name} cannot be read and is left out.")
+        return {}
+    if not isinstance(value, dict):
+        run.notes.append(f"{name} does not hold a JSON object and is left out.")
+        return {}
+    return value
+
+
+def _read_config(run: Run) -> None:
+    try:
+        run.config_text = (run.path / "config.toml").read_text(encoding="utf-8")
+        run.config = tomllib.loads(run.config_text)
+    except FileNotFoundError:
+        if run.kind == "training":
+            run.notes.append("config.toml is missing: settings are not shown.")
+    except (OSError, ValueError):
+        run.notes.append("config.toml cannot be read: settings are not compared.")
+
+
+def _rows(run: Run, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(byte offset, object) of each line that is one; the others are noted, an unfinished last line as such."""
+    bad: list[int] = []
+    offset = line_number = 0
+    unfinished = False
+    try:
+        with (run.path / name).open("rb") as lines:
+            for line_number, line in enumerate(lines, start=1):
+                start, offset = offset, offset + len(line)
+                if not line.strip():
+                    continue
+                try:
+                    row = _parse(line)
+                except (ValueError, RecursionError):
+                    unfinished = not line.endswith(b"\n")
+                    if not unfinished:
+                        bad.append(line_number)
+                    continue
+                if isinstance(row, dict):
+                    yield start, row
+                else:
+                    bad.append(line_number)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        run.notes.append(f"{name} cannot be read ({error.strerror}).")
+    if unfinished:
+        run.notes.append(f"{name} ends in an unfinished line {line_number} (stopped while writing): left out.")
+    if bad:
+        listed = ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
+        run.notes.append(f"{name} has {len(bad)} unreadable line{'s' * (len(bad) > 1)} ({listed}): left out.")
+
+
+def _by_key(run: Run, name: str, keys: tuple[str, ...], *, required: bool) -> list[dict[str, Any]]:
+    """Rows with all keys numeric, the last of each key, in order of the key."""
+    if required and not (run.path / name).is_file():
+        run.notes.append(f"{name} is missing: nothing to draw by step.")
+    kept: dict[tuple[float, ...], dict[str, Any]] = {}
+    for _, row in _rows(run, name):
+        key = tuple(value for value in (number(row.get(key)) for key in keys) if value is not None)
+        if len(key) == len(keys):
+            kept[key] = {**row, "step": int(key[0])}
+    return [kept[key] for key in sorted(kept)]
+
+
+def _read_rollouts(run: Run) -> list[RolloutPoint]:
+    points: dict[str, RolloutPoint] = {}
+    for offset, row in _rows(run, "rollouts.jsonl"):
+        step, name = number(row.get("step")), row.get("id")
+        if step is None or not isinstance(name, str):
+            continue
+        correct = row.get("correct") if isinstance(row.get("correct"), bool) else None
+        reinforce, distill = number(row.get("reinforce")), number(row.get("distill"))
+        logprobs = numbers(row.get("logprobs" if correct else "teacher_logprobs"))
+        token_ids = row.get("token_ids")
+        points[name] = RolloutPoint(
+            id=name,
+            group=str(row.get("group")),
+            step=int(step),
+            offset=offset,
+            tokens=len(token_ids) if isinstance(token_ids, list) else 0,
+            correct=correct,
+            masked=row.get("masked") is True,
+            ppl=_perplexity(logprobs) if correct is not None else None,
+            weight=reinforce or distill if (reinforce, distill) != (None, None) else None,
+        )
+    return sorted(points.values(), key=lambda point: (point.step, point.offset))
+
+
+def _perplexity(logprobs: list[float] | None) -> float | None:
+    if not logprobs:
+        return None
+    nll = -sum(logprobs) / len(logprobs)
+    return math.exp(nll) if nll < 500 else None
+
+
+def _note_unfinished(run: Run) -> None:
+    phase, planned, last = run.status.get("phase"), run.planned_steps, run.last_step
+    if phase == "done":
+        return
+    reached = f"step {last}" + (f" of {planned}" if planned else "") if last is not None else "no step"
+    if isinstance(phase, str):
+        run.notes.append(f"has not finished: {reached} is on record, in phase “{phase}”. What follows is up to there.")
+    elif planned is not None and (last is None or last + 1 < planned):
+        run.notes.append(f"has not finished: {reached} is on record. What follows is up to there.")

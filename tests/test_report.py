@@ -1,0 +1,393 @@
+"""Laws of the report: the answer is right, hostile text is inert, and broken runs give notes instead of tracebacks."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fake_run
+from scope_opd.errors import RunFolderError, ScopeError
+from scope_opd.evaluate.metrics import bootstrap_interval, pass_at_k
+from scope_opd.report import build_report
+from scope_opd.report.groups import group_runs
+from scope_opd.report.load import load_run
+from scope_opd.report.viewer import viewer_data
+
+SMALL = {"steps": 4, "problems": 40, "n": 8}
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements, the text outside scripts, and the viewer's data."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.scripts: list[str] = []
+        self.raw = path.read_text(encoding="utf-8")
+        self._script = self._style = False
+        self.feed(self.raw)
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._script, self._style = tag == "script", tag == "style"
+        if self._script:
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._script = self._style = False
+
+    def handle_data(self, data: str) -> None:
+        if self._script:
+            self.scripts[-1] += data
+        elif not self._style:
+            self.words.append(data)
+
+    def headline(self) -> str:
+        found = re.search(r"<h1>(.*?)</h1>", self.raw, re.S)
+        assert found is not None
+        return re.sub(r"\s+", " ", re.sub("<[^>]*>", "", found[1])).strip()
+
+    def data(self) -> dict[str, object]:
+        return json.loads(self.scripts[0])
+
+
+def report(tmp_path: Path, *runs: Path) -> Page:
+    return Page(build_report(runs, tmp_path / "out" / "report.html"))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    fake_run.write_demo(folder / "runs", **SMALL)
+    return folder / "runs"
+
+
+@pytest.fixture(scope="module")
+def page(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return Page(build_report([demo], tmp_path_factory.mktemp("report") / "report.html", title="Zoo"))
+
+
+# --- the answer --------------------------------------------------------------
+
+
+def test_headline_states_the_result_with_interval_and_seeds(page: Page, demo: Path) -> None:
+    rows = [row for seed in (0, 1) for row in fake_run.read_jsonl(demo / f"scope-s{seed}" / "eval.jsonl")]
+    start = np.array([row["correct_counts"] for row in rows if row["step"] == 0 and row["temperature"] == 0.6])
+    end = np.array([row["correct_counts"] for row in rows if row["step"] == 4 and row["temperature"] == 0.6])
+    interval = bootstrap_interval(100 * end / 8)
+    expected = (
+        f"SCOPE lifts Avg@8 at T = 0.6 from {100 * start.mean() / 8:.1f} to {interval.value:.1f} % "
+        f"(95 % CI {interval.low:.1f}–{interval.high:.1f}; 2 seeds; 40 held-out problems)"
+    )
+    assert page.headline() == expected
+
+
+def test_table_shows_every_line_and_k_that_the_samples_allow(page: Page, demo: Path) -> None:
+    for words in ("Start", "SCOPE", "Dual path", "OPD", "GRPO", "Teacher", "T = 0.6", "T = 1", "Pass@4", "Pass@8"):
+        assert words in page.text
+    assert "Pass@32" not in page.text
+    rows = fake_run.read_jsonl(demo / "teacher" / "eval.jsonl")
+    value = 100 * pass_at_k(rows[1]["correct_counts"], 8, 4).mean()
+    assert f"{value:.1f}" in page.text
+    assert page.text.count("resolved") >= 3 * 2 * 3  # three rivals, two temperatures, three columns
+
+
+def test_methods_with_equal_figures_are_not_resolved(tmp_path: Path) -> None:
+    runs = [fake_run.write_run(tmp_path / name, name, 0, **SMALL) for name in ("scope", "opd")]
+    shutil.copy(runs[0] / "eval.jsonl", runs[1] / "eval.jsonl")
+    page = report(tmp_path, *runs)
+    assert ">not resolved<" in page.raw
+    assert ">resolved<" not in page.raw
+    assert "is not resolved by these problems and seeds" in page.text
+
+
+def test_problems_are_paired_by_id_not_by_position(tmp_path: Path) -> None:
+    runs = [fake_run.write_run(tmp_path / name, name, 0, **SMALL) for name in ("scope", "opd")]
+    rows = fake_run.read_jsonl(runs[0] / "eval.jsonl")
+    for row in rows:
+        row["correct_counts"].reverse()
+        row["problem_ids"].reverse()
+    fake_run.write_jsonl(runs[1] / "eval.jsonl", rows)
+    page = report(tmp_path, *runs)
+    assert page.raw.count("<small>equal</small>") == 6  # the same counts in another order differ nowhere
+
+
+def test_seeds_share_a_group_and_settings_split_one(tmp_path: Path) -> None:
+    paths = [fake_run.write_run(tmp_path / f"s{seed}", "scope", seed, **SMALL) for seed in (1, 0)]
+    paths.append(fake_run.write_run(tmp_path / "half", "scope", 0, objective={"tau": 0.5}, **SMALL))
+    groups, notes = group_runs([load_run(path) for path in paths])
+    assert [(group.label, group.seeds) for group in groups] == [
+        ("SCOPE (tau = 1.0)", "seeds 0, 1"),
+        ("SCOPE (tau = 0.5)", "seed 0"),
+    ]
+    assert len({group.slot for group in groups}) == 2
+    assert notes == []
+
+
+def test_unequal_conditions_are_said(tmp_path: Path) -> None:
+    runs = [fake_run.write_run(tmp_path / name, name, 0, **SMALL) for name in ("scope", "opd")]
+    config = runs[1] / "config.toml"
+    config.write_text(config.read_text().replace("lr = 0.0003", "lr = 0.001"))
+    assert "not run under identical settings: train.lr (SCOPE 0.0003; OPD 0.001)" in report(tmp_path, *runs).text
+
+
+def test_start_folder_takes_the_place_of_step_0_rows(tmp_path: Path) -> None:
+    run = fake_run.write_run(tmp_path / "scope", "scope", 0, **SMALL)
+    rows = fake_run.read_jsonl(run / "eval.jsonl")
+    fake_run.write_jsonl(run / "eval.jsonl", [row for row in rows if row["step"]])
+    assert "SCOPE reaches" in report(tmp_path, run).headline()
+    start = fake_run.write_evaluation(tmp_path / "start", "start", fake_run.START, problems=40, n=8)
+    assert "SCOPE lifts" in report(tmp_path, run, start).headline()
+
+
+def test_same_runs_give_the_same_file(demo: Path, page: Page, tmp_path: Path) -> None:
+    assert build_report([demo], tmp_path / "again.html", title="Zoo").read_text(encoding="utf-8") == page.raw
+
+
+# --- one file, safe ----------------------------------------------------------
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{css}} <!-- ]]> \u2028 & \" ' `"
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """Hostile text in every place where a run can hold text."""
+    folder = tmp_path_factory.mktemp("hostile")
+    run = fake_run.write_run(folder / 'a"><img src=x>', "scope", 0, **SMALL)
+    info = json.loads((run / "run.json").read_text())
+    info.update(dict.fromkeys(("model", "teacher", "device", "first_prompt", "label", "created"), HOSTILE))
+    (run / "run.json").write_text(json.dumps(info))
+    rows = fake_run.read_jsonl(run / "rollouts.jsonl")
+    for row in rows:
+        row.update(text=HOSTILE, prompt=HOSTILE, group=HOSTILE, extracted=HOSTILE, mask_reason=HOSTILE, masked=True)
+        row["tokens"] = [HOSTILE] * len(row["tokens"])
+    fake_run.write_jsonl(run / "rollouts.jsonl", rows)
+    fake_run.write_jsonl(run / "events.jsonl", [{"step": 1, "kind": HOSTILE, "message": HOSTILE}])
+    (run / "config.toml").write_text((run / "config.toml").read_text() + f"\n# {HOSTILE.replace(chr(0x2028), '')}\n")
+    (run / "status.json").write_text(json.dumps({"phase": HOSTILE}))
+    return Page(build_report([run], folder / "report.html", title=HOSTILE))
+
+
+def test_text_of_a_run_never_becomes_markup(attacked: Page, page: Page) -> None:
+    tags = [tag for tag, _ in attacked.elements]
+    assert tags.count("script") == 2
+    assert "img" not in tags
+    assert not [name for _, attrs in attacked.elements for name in attrs if name.startswith("on")]
+    assert attacked.scripts[1] == page.scripts[1]
+    assert attacked.raw.count("<!--") == 0
+
+
+def test_hostile_tokens_arrive_in_the_viewer_unchanged(attacked: Page) -> None:
+    assert attacked.data()["vocabulary"] == [HOSTILE[:200]]
+
+
+def test_page_is_self_contained(page: Page) -> None:
+    namespaces = ("http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink")
+    links = [url for url in re.findall(r"https?://[^\"'\s<)]+", page.raw) if url not in namespaces]
+    assert links == []
+    fetched = [attrs for tag, attrs in page.elements if tag in ("link", "iframe", "img") or "src" in attrs]
+    assert fetched == []
+    policy = next(
+        attrs["content"] for _, attrs in page.elements if attrs.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy is not None
+    assert "default-src 'none'" in policy
+
+
+def test_ids_are_unique_and_figures_are_described(page: Page) -> None:
+    ids = [attrs["id"] for tag, attrs in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    plots = [attrs for tag, attrs in page.elements if tag == "svg" and attrs.get("class") == "plot"]
+    assert len(plots) >= 12
+    assert all(attrs.get("aria-label") for attrs in plots)
+    anchors = [attrs["href"] for tag, attrs in page.elements if tag == "a"]
+    assert {anchor[1:] for anchor in anchors if anchor} <= set(ids)
+
+
+def test_figures_follow_the_colour_scheme(page: Page) -> None:
+    plots = "".join(re.findall(r'<svg class="plot".*?</svg>', page.raw, re.S))
+    assert "currentColor" in plots
+    assert re.findall(r"#[0-9a-f]{6}\b", plots) == []  # no colour that would be lost in dark mode
+    assert "prefers-color-scheme: dark" in page.raw
+
+
+def test_report_of_the_demo_stays_under_3_mb(tmp_path: Path) -> None:
+    runs = [fake_run.write_run(tmp_path / f"opd-{seed}", "opd", seed, steps=50, problems=20, n=8) for seed in range(3)]
+    runs += [fake_run.write_run(tmp_path / f"scope-{seed}", "scope", seed, problems=20, n=8) for seed in range(3)]
+    out = build_report(runs, tmp_path / "report.html")
+    assert out.stat().st_size < 3_000_000
+
+
+# --- viewer ------------------------------------------------------------------
+
+
+def test_viewer_falls_back_to_ids_and_computes_advantages(tmp_path: Path) -> None:
+    run = fake_run.write_run(tmp_path / "opd", "opd", 0, tokens=False, **SMALL)
+    rows = fake_run.read_jsonl(run / "rollouts.jsonl")
+    logged, _ = viewer_data(group_runs([load_run(run)])[0])
+    for row in rows:
+        del row["advantages"]
+    fake_run.write_jsonl(run / "rollouts.jsonl", rows)
+    computed, _ = viewer_data(group_runs([load_run(run)])[0])
+    assert logged == computed
+    assert logged is not None
+    assert logged["vocabulary"][0] == f"‹{rows[0]['token_ids'][0]}›"
+
+
+def test_viewer_thins_steps_and_cuts_long_responses_and_says_so(tmp_path: Path) -> None:
+    run = fake_run.write_run(tmp_path / "grpo", "grpo", 0, steps=12, problems=5, n=2)
+    rows = fake_run.read_jsonl(run / "rollouts.jsonl")
+    for key in ("token_ids", "tokens", "logprobs", "advantages"):
+        rows[0][key] = rows[0][key] * 200
+    fake_run.write_jsonl(run / "rollouts.jsonl", rows)
+    data, notes = viewer_data(group_runs([load_run(run)])[0], budget=4_000)
+    assert data is not None
+    steps = [step["step"] for step in data["runs"][0]["steps"]]
+    assert (steps[0], steps[-1]) == (1, 12)
+    assert len(steps) < 12
+    assert notes == [f"at most {len(steps)} of up to 12 logged steps a run"]
+    longest = data["runs"][0]["steps"][0]["groups"][0]["rollouts"][0]
+    assert longest["length"] == len(rows[0]["token_ids"])
+    assert len(longest["tokens"]) + longest["cut"]["tokens"] == longest["length"]
+    assert isinstance(longest["advantages"], float)  # grpo: one number for all tokens
+
+
+# --- broken and missing pieces -----------------------------------------------
+
+
+def test_run_killed_midway_is_shown_up_to_there(tmp_path: Path) -> None:
+    run = fake_run.write_run(tmp_path / "killed", "scope", 0, **SMALL)
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        text = (run / name).read_text()
+        (run / name).write_text(text[: len(text) * 2 // 3])
+    rows = fake_run.read_jsonl(run / "eval.jsonl")
+    fake_run.write_jsonl(run / "eval.jsonl", [row for row in rows if row["step"] == 0])
+    (run / "status.json").write_text('{"step": 3, "phase": "scoring", "pid": 1}')
+    page = report(tmp_path, run)
+    assert "killed: metrics.jsonl ends in an unfinished line 3" in page.text
+    assert "killed: rollouts.jsonl ends in an unfinished line" in page.text
+    assert "killed: has not finished: step 2 of 4 is on record, in phase “scoring”" in page.text
+    assert "SCOPE: no evaluation after the start in killed" in page.text
+    assert page.headline().startswith("SCOPE: training accuracy went from")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("metrics.jsonl", "metrics.jsonl is missing"),
+        ("config.toml", "config.toml is missing"),
+        ("run.json", "run.json is missing"),
+        ("eval.jsonl", "No evaluation in these runs"),
+        ("rollouts.jsonl", "No rollouts.jsonl in these runs"),
+        ("events.jsonl", "No alarm, warning or resume"),
+        ("status.json", "SCOPE"),
+    ],
+)
+@pytest.mark.parametrize("how", ["missing", "empty"])
+def test_a_missing_or_empty_file_is_a_note(tmp_path: Path, name: str, says: str, how: str) -> None:
+    run = fake_run.write_run(tmp_path / "run", "scope", 0, **SMALL)
+    (run / name).unlink()
+    if how == "empty":
+        (run / name).write_text("")
+        says = {"metrics.jsonl": "No metrics.jsonl with steps", "run.json": "run.json cannot be read"}.get(name, says)
+        says = "SCOPE" if name == "config.toml" else says
+    assert says in report(tmp_path, run).text
+
+
+JUNK = [
+    b"\xff\xfe\n",
+    b"[1, 2]\n",
+    b"null\n",
+    b'{"step": "four"}\n',
+    b'{"step": NaN, "accuracy": NaN}\n',
+    b'{"step": 2, "accuracy": "high", "entropy": true, "time/step_s": null, "temperature": 0.6, "n": 0}\n',
+    b'{"step": 2, "temperature": 0.6, "n": 8, "correct_counts": [9, "x"], "avg@k": null}\n',
+    b'{"step": 3, "id": "x", "logprobs": "no", "token_ids": 7, "advantages": {}, "tokens": 1, "kind": 5}\n',
+    b'{"step": 3, "id": "y", "correct": true, "reinforce": 1e999, "distill": 0, "logprobs": [-1e9], "kind": "alarm"}\n',
+    b"[" * 100_000 + b"\n",
+]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "eval.jsonl", "rollouts.jsonl", "events.jsonl"])
+def test_junk_lines_never_stop_a_report(tmp_path: Path, name: str) -> None:
+    run = fake_run.write_run(tmp_path / "run", "scope", 0, **SMALL)
+    with (run / name).open("ab") as lines:
+        lines.writelines(JUNK)
+    page = report(tmp_path, run)
+    assert f"{name} has" in page.text
+    assert "unreadable lines" in page.text
+    (run / name).write_bytes(b"".join(JUNK))
+    report(tmp_path, run)
+
+
+def test_rows_written_twice_count_once_the_later_one(tmp_path: Path) -> None:
+    run = fake_run.write_run(tmp_path / "run", "scope", 0, **SMALL)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    again = {**json.loads(lines[2]), "accuracy": 0.123}
+    (run / "metrics.jsonl").write_text("\n".join([*lines, json.dumps(again)]) + "\n")
+    metrics = load_run(run).metrics
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    assert metrics[2]["accuracy"] == 0.123
+
+
+def test_seeds_with_different_problems_use_those_in_common(tmp_path: Path) -> None:
+    runs = [fake_run.write_run(tmp_path / f"s{seed}", "scope", seed, **SMALL) for seed in (0, 1)]
+    rows = fake_run.read_jsonl(runs[1] / "eval.jsonl")
+    for row in rows:
+        row["correct_counts"], row["problem_ids"] = row["correct_counts"][:30], row["problem_ids"][:30]
+    fake_run.write_jsonl(runs[1] / "eval.jsonl", rows)
+    page = report(tmp_path, *runs)
+    assert "seeds answered different sets of problems; the 30 in common are used" in page.text
+
+
+@pytest.mark.parametrize("case", ["none", "missing", "file", "empty", "out_is_folder", "out_below_file"])
+def test_mistakes_are_one_line_without_traceback(tmp_path: Path, case: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    out = tmp_path / "report.html"
+    runs = {"none": [], "missing": [tmp_path / "nowhere"], "file": [tmp_path / "file"], "empty": [tmp_path / "empty"]}
+    if case.startswith("out"):
+        runs[case] = [fake_run.write_run(tmp_path / "run", "scope", 0, **SMALL)]
+        out = tmp_path / "empty" if case == "out_is_folder" else tmp_path / "file" / "report.html"
+    with pytest.raises(RunFolderError) as caught:
+        build_report(runs[case], out)
+    assert isinstance(caught.value, ScopeError)
+    assert "\n" not in str(caught.value)
+    assert "expected" in str(caught.value)
+
+
+# --- in a browser, where there is one ----------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PROBE = """<script>addEventListener("load", () => { document.documentElement.setAttribute("data-probe",
+[document.documentElement.scrollWidth, document.querySelectorAll(".tokens span").length,
+document.querySelectorAll("img").length].join()); });</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+@pytest.mark.parametrize("which", ["page", "attacked"])
+def test_page_fits_1280_px_and_its_script_draws_rollouts(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    raw = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", request.getfixturevalue(which).raw)
+    (tmp_path / "probe.html").write_text(raw.replace("</body>", PROBE), encoding="utf-8")
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,900", "--virtual-time-budget=3000"]
+    command += ["--dump-dom", (tmp_path / "probe.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r'data-probe="(\d+),(\d+),(\d+)"', done.stdout)
+    assert found is not None
+    width, tokens, images = map(int, found.groups())
+    assert width <= 1280
+    assert tokens > 100
+    assert images == 0
