@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging
 
 from scope_opd.config import Config
 from scope_opd.errors import RunFailed
@@ -43,7 +46,8 @@ def export_model(
     writing = folder.with_name(f".writing-{folder.name}")
     try:
         shutil.rmtree(writing, ignore_errors=True)
-        model.save_pretrained(writing)
+        with _no_progress_bar():
+            model.save_pretrained(writing)
         tokenizer.save_pretrained(writing)
         (writing / "README.md").write_text(model_card(config, steps, metrics, evaluations), encoding="utf-8")
         replace_folder(writing, folder)
@@ -97,6 +101,18 @@ def model_card(config: Config, steps: int, metrics: Mapping[str, Any], evaluatio
             f"entropy {_figure(metrics.get('entropy'))}.",
         ]
     return "\n".join(lines) + "\n"
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """The run has a display of its own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _figure(value: Any) -> str:

@@ -152,7 +152,7 @@ def step_metrics(
         "perf/peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None,
     }
     assert row.keys() == METRIC_KEYS.keys()
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+    return {key: _strict(value) for key, value in row.items()}
 
 
 def rollout_rows(
@@ -181,9 +181,18 @@ def rollout_rows(
             **rollout_to_dict(rollout),
             "step": step,
             "tokens": [tokenizer.decode([token]) for token in rollout.token_ids],
-            "advantages": torch.nan_to_num(advantages).tolist(),
+            "advantages": advantages.tolist(),
         })  # fmt: skip
-    return rows
+    return rows if outcome.finite else [_strict(row) for row in rows]
+
+
+def _strict(value: Any) -> Any:
+    """The same with null for every number that is not finite: what a step gone wrong leaves must still be JSON."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _by_group(rollouts: Sequence[Rollout], values: Sequence[bool | None]) -> list[list[bool | None]]:

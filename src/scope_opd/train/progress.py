@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 _PLAIN_INTERVAL_S = 2.0
 _NAMES = {"forward_backward": "update", "optimiser": "update"}
@@ -48,11 +49,12 @@ class LiveDisplay:
 
     def __init__(self, console: Console, steps: int) -> None:
         self._bars = Progress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            # On a narrow terminal the figures are cut, not the counts.
+            TextColumn("{task.description:<10}", table_column=Column(no_wrap=True, min_width=10)),
+            BarColumn(bar_width=None, table_column=Column(min_width=8, max_width=24, ratio=1)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+            TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=console,
         )
         self._run: TaskID = self._bars.add_task("steps", total=steps, figures="")

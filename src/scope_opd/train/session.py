@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Any
@@ -125,6 +125,7 @@ class Session:
             },
             run_id=found.trainer["run_id"] if found is not None else None,
         )
+        torch.manual_seed(config.run.seed)  # nothing of ours draws from it, but a model's own code might
         if found is not None:
             self._restore(found)
         self._rng = rng_state()
@@ -159,6 +160,8 @@ class Session:
                 step=self.step,
             ),
         )
+        # Trackers drop what an earlier sitting logged from this step on: of that, this boundary's evaluation stays.
+        self._track_evaluation([row for row in folder.rows("eval") if row["step"] == self.step])
 
     def _restore(self, found: Checkpoint) -> None:
         trainer = found.trainer
@@ -301,10 +304,13 @@ class Session:
             self._folder.append("eval", rows)
             self._evaluated = self.step
             self._rng = rng_state()
-            for row in rows:
-                values = {f"eval/T{row.get('temperature', 0):g}/{key}": v for key, v in numbers(row).items()}
-                for tracker in self._trackers:
-                    tracker.log(values, self.step)
+            self._track_evaluation(rows)
+
+    def _track_evaluation(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        for row in rows:
+            values = {f"eval/T{row.get('temperature', 0):g}/{key}": v for key, v in numbers(row).items()}
+            for tracker in self._trackers:
+                tracker.log(values, self.step)
 
     def _save(self) -> None:
         """A checkpoint of the boundary at hand, unless it is there already."""

@@ -43,6 +43,7 @@ class Signals:
     def __init__(self) -> None:
         self._shields = 0
         self._received: int | None = None
+        self._raised = False
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -61,7 +62,7 @@ class Signals:
             os._exit(128 + number)
         self._received = number
         if not self._shields:
-            raise Interrupted(number)
+            self._raise()
 
     @contextmanager
     def shielded(self) -> Iterator[None]:
@@ -71,5 +72,10 @@ class Signals:
             yield
         finally:
             self._shields -= 1
-        if self._received is not None and not self._shields:
-            raise Interrupted(self._received)
+        if self._received is not None and not self._shields and not self._raised:
+            self._raise()
+
+    def _raise(self) -> None:
+        assert self._received is not None
+        self._raised = True  # once: what the interruption leads to (saving) has shielded sections of its own
+        raise Interrupted(self._received)

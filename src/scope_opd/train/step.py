@@ -111,7 +111,10 @@ class Learner:
         self._autocast = parameter.is_cuda and parameter.dtype == torch.float32
         self._dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         if config.gradient_checkpointing:
-            engines.model.gradient_checkpointing_enable({"use_reentrant": False})
+            model = engines.model
+            # The method's name changed within the versions of transformers that are supported.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
     def update(
         self,

@@ -1,0 +1,300 @@
+"""A run that was cut anywhere and resumed ends as one that was not: bit for bit, in weights, metrics and dumps."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+
+from scope_opd.errors import RunFailed, RunFolderError
+from scope_opd.records import iter_jsonl
+from scope_opd.train import RunInterrupted, train
+from scope_opd.train.runfolder import PHASES, RunFolder
+from scope_opd.train.signals import Interrupted
+from train_kit import fake_evaluator, lasting, make_config, make_engines, same_weights, weights_of
+
+STEPS = 5
+TABLES: dict[str, Any] = {
+    "train": {"steps": STEPS, "warmup_steps": 2, "optimizer": "muon"},
+    "eval": {"every": 2, "at_start": True, "at_end": True},
+}
+# Every place of a step where a run can be cut: a phase begins (the first and the third step, and a save).
+CUTS = [(phase, step) for phase in PHASES[:4] for step in (0, 3)] + [("evaluation", 2), ("saving", 2), ("saving", 5)]
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [row for _, row in iter_jsonl(folder / f"{name}.jsonl")]
+
+
+def run(folder: Path, *, resume: bool = False, tables: dict[str, Any] | None = None, **engines: Any) -> Any:
+    config = make_config(folder, **(tables or TABLES))
+    made = make_engines(config, **{"evaluator": fake_evaluator, **engines})
+    train(config, made, resume=resume, progress=False)
+    return made.model
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, weights_of(run(folder))
+
+
+def assert_equal_runs(left: Path, right: Path) -> None:
+    for name in ("metrics", "rollouts", "eval"):
+        assert lasting(rows(left, name)) == lasting(rows(right, name)), name
+    alarms = [[row for row in rows(folder, "events") if row["kind"] == "alarm"] for folder in (left, right)]
+    assert alarms[0] == alarms[1]
+    final = f"checkpoints/step-{STEPS:06d}"
+    for part in ("model.safetensors", "optimizer.pt"):
+        assert (left / final / part).read_bytes() == (right / final / part).read_bytes(), part
+
+
+class Cut(BaseException):
+    """Stands for a death on the spot: nothing of ours catches it."""
+
+
+@pytest.fixture
+def cut_at(monkeypatch: pytest.MonkeyPatch) -> Any:
+    told = RunFolder.phase
+
+    def arm(phase: str, step: int, error: BaseException) -> None:
+        def tell(self: RunFolder, at: int, name: str) -> None:
+            told(self, at, name)
+            if (name, at) == (phase, step):
+                monkeypatch.setattr(RunFolder, "phase", told)
+                raise error
+
+        monkeypatch.setattr(RunFolder, "phase", tell)
+
+    return arm
+
+
+@pytest.mark.parametrize(("phase", "step"), CUTS)
+def test_a_run_cut_in_any_phase_and_resumed_equals_an_uninterrupted_one(
+    phase: str, step: int, whole: tuple[Path, dict[str, torch.Tensor]], cut_at: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    cut_at(phase, step, Cut())
+    with pytest.raises(Cut):
+        run(folder)
+    assert json.loads((folder / "status.json").read_text())["phase"] == phase
+    resumed = run(folder, resume=True)
+    assert same_weights(weights_of(resumed), whole[1])
+    assert_equal_runs(folder, whole[0])
+
+
+@pytest.mark.parametrize(("phase", "step"), [("scoring", 3), ("forward_backward", 1), ("evaluation", 4)])
+def test_an_interrupt_saves_the_last_completed_step_and_loses_nothing(
+    phase: str, step: int, whole: tuple[Path, dict[str, torch.Tensor]], cut_at: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    cut_at(phase, step, Interrupted(signal.SIGINT))
+    with pytest.raises(RunInterrupted, match="--resume") as interrupt:
+        run(folder)
+    assert interrupt.value.exit_code == 130
+    assert (folder / "checkpoints" / f"step-{step:06d}").is_dir()
+    assert same_weights(weights_of(run(folder, resume=True)), whole[1])
+    assert_equal_runs(folder, whole[0])
+
+
+def test_an_engine_that_fails_leaves_the_last_completed_step_saved(
+    whole: tuple[Path, dict[str, torch.Tensor]], cut_at: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    cut_at("scoring", 3, RunFailed("the teacher is gone"))
+    with pytest.raises(RunFailed, match="the teacher is gone"):
+        run(folder)
+    assert (folder / "checkpoints" / "step-000003").is_dir()
+    assert same_weights(weights_of(run(folder, resume=True)), whole[1])
+    assert_equal_runs(folder, whole[0])
+
+
+def test_a_failure_between_weights_and_log_is_never_saved(
+    whole: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder, append = tmp_path / "run", RunFolder.append
+
+    def full(self: RunFolder, name: str, lines: Any) -> None:
+        if name == "metrics" and len(rows(folder, "metrics") if (folder / "metrics.jsonl").exists() else []) == 3:
+            raise RunFailed("No space left on device")
+        append(self, name, lines)
+
+    monkeypatch.setattr(RunFolder, "append", full)
+    with pytest.raises(RunFailed, match="No space left"):
+        run(folder)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000002"]
+    monkeypatch.setattr(RunFolder, "append", append)
+    assert same_weights(weights_of(run(folder, resume=True)), whole[1])
+    assert_equal_runs(folder, whole[0])
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_run_still_ends_the_same(
+    whole: tuple[Path, dict[str, torch.Tensor]], cut_at: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    cut_at("generation", 4, Cut())
+    with pytest.raises(Cut):
+        run(folder)
+    weights = folder / "checkpoints" / "step-000004" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    resumed = run(folder, resume=True)
+    events = rows(folder, "events")
+    assert [e["message"] for e in events if e["kind"] == "resume"] == ["resumed from step 2"]
+    assert any("step-000004 is damaged" in e["message"] for e in events if e["kind"] == "warning")
+    assert "step-000004 is damaged (model.safetensors has 1000 bytes" in capfd.readouterr().err
+    assert same_weights(weights_of(resumed), whole[1])
+    assert_equal_runs(folder, whole[0])
+
+
+def test_extending_a_finished_run_equals_running_longer_at_once(
+    whole: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    short = {**TABLES, "train": {**TABLES["train"], "steps": 3}, "eval": {"every": 2, "at_start": True}}
+    run(folder, tables=short)
+    longer = {**short, "train": TABLES["train"]}
+    assert same_weights(weights_of(run(folder, resume=True, tables=longer)), whole[1])
+    assert lasting(rows(folder, "metrics")) == lasting(rows(whole[0], "metrics"))
+
+
+def test_resuming_a_finished_run_changes_nothing(whole: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    assert same_weights(weights_of(run(folder, resume=True)), whole[1])
+    assert_equal_runs(folder, whole[0])
+
+
+def test_run_id_stays_and_trackers_start_after_what_they_have(
+    whole: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    before = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").unlink()  # the checkpoint knows it as well
+    run(folder, resume=True)
+    assert json.loads((folder / "run.json").read_text())["run_id"] == before["run_id"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objective": {"tau": 0.5}}, r"objective\.tau = 0\.5 \(was 1\.0\)"),
+        ({"train": {**TABLES["train"], "lr": 1e-4}, "run": {"seed": 3}}, r"run\.seed = 3 .*train\.lr = 0\.0001"),
+        ({"train": {**TABLES["train"], "steps": 2}}, r"train\.steps = 2 but the run has done 5"),
+        ({"train": {**TABLES["train"], "schedule": "cosine"}}, r"train\.schedule = 'cosine' .*train\.steps"),
+    ],
+)
+def test_another_config_is_refused_with_its_differences(
+    change: dict[str, Any], message: str, whole: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    before = (folder / "config.toml").read_text()
+    with pytest.raises(RunFolderError, match=message):
+        run(folder, resume=True, tables={**TABLES, **change})
+    assert (folder / "config.toml").read_text() == before
+    # How often to save, where, and which alarms: these may change.
+    run(folder, resume=True, tables={**TABLES, "run": {"keep_last": 1, "alarms": {"truncation": "off"}}})
+
+
+def test_steps_that_the_schedule_depends_on_may_not_change(tmp_path: Path) -> None:
+    cosine = {"train": {"steps": 2, "schedule": "cosine"}}
+    run(tmp_path / "run", tables=cosine)
+    with pytest.raises(RunFolderError, match=r"train\.steps = 4 \(was 2\)"):
+        run(tmp_path / "run", resume=True, tables={"train": {"steps": 4, "schedule": "cosine"}})
+
+
+def test_a_line_file_that_lost_lines_is_refused(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl has 0 bytes; expected at least"):
+        run(tmp_path / "run", resume=True)
+
+
+def test_resuming_where_nothing_is_yet_starts_at_the_beginning(
+    whole: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    assert same_weights(weights_of(run(tmp_path / "run", resume=True)), whole[1])
+
+
+# --- real processes, real signals ------------------------------------------------------------------------------------
+
+
+def start(folder: Path, pause_in: str, *, resume: bool = False) -> subprocess.Popen[str]:
+    tables = make_config(folder, **TABLES).model_dump(mode="json", exclude_none=True)
+    folder.with_suffix(".toml").write_text(tomli_w.dumps(tables))
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("train_kit.py")), str(folder), pause_in, "resume" * resume],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+def wait_for(process: subprocess.Popen[str], phase: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip() == phase:
+            return
+    pytest.fail(f"the run ended before {phase}: {process.stderr.read() if process.stderr else ''}")
+
+
+def test_a_killed_process_resumes_to_the_same_bits_and_signals_exit_with_their_codes(
+    whole: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """One run, cut three times: SIGTERM; SIGKILL while saving; Ctrl-C, twice, in the stretch that must not be cut."""
+    folder = tmp_path / "run"
+
+    process = start(folder, "scoring:1")
+    wait_for(process, "scoring:1")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "SIGTERM after 1 steps" in errors
+    assert "Traceback" not in errors
+    assert (folder / "checkpoints" / "step-000001").is_dir()
+
+    process = start(folder, "saving:2", resume=True)
+    wait_for(process, "saving:2")
+    process.kill()
+    process.communicate(timeout=60)
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["phase"], status["step"], status["pid"]) == ("saving", 2, process.pid)
+    assert not (folder / "checkpoints" / "step-000002").exists()
+
+    process = start(folder, "optimiser:2", resume=True)
+    wait_for(process, "optimiser:2")
+    process.send_signal(signal.SIGINT)  # heard, but not heeded before the step is logged
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+    process.send_signal(signal.SIGINT)  # the second one ends it on the spot
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert not (folder / "checkpoints" / "step-000003").exists()
+
+    process = start(folder, "", resume=True)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert_equal_runs(folder, whole[0])
+
+
+def test_two_processes_do_not_share_a_run_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = start(folder, "generation:0")
+    try:
+        wait_for(process, "generation:0")
+        with pytest.raises(RunFolderError, match="in use by another process"):
+            run(folder, resume=True)
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
