@@ -22,7 +22,7 @@ from transformers import (
 from scope_opd.errors import ModelError, RunFailed, ScopeError
 from scope_opd.models.batching import response_positions
 from scope_opd.models.head import response_logprobs
-from scope_opd.rollout.local import LocalSampler, draw
+from scope_opd.rollout.local import BURST, LocalSampler, draw
 from scope_opd.rollout.random import rollout_keys, uniforms
 from scope_opd.types import Prompt, Rollout, Sampler, SamplingParams
 from tiny import END_ID, EOS_ID, KINDS, tiny_model, tiny_tokenizer
@@ -110,7 +110,8 @@ def reference_logprobs(logits: Tensor, ids: Tensor, params: SamplingParams) -> T
 
 @pytest.mark.parametrize("cuts", CUTS)
 def test_cuts_and_penalty_equal_those_of_transformers(cuts: dict[str, float]) -> None:
-    model, params = tiny_model("llama"), replace(PLAIN, **cuts)  # type: ignore[arg-type]
+    # Many end tokens, so that rows leave the batch and take their history with them.
+    model, params = tiny_model("llama"), replace(PLAIN, stop_token_ids=tuple(range(60, 90)), **cuts)  # type: ignore[arg-type]
     rollouts = run(LocalSampler(model, tiny_tokenizer()), ragged_prompts(), params)
     for rollout in rollouts.values():
         ids = torch.tensor([rollout.prompt_token_ids + rollout.token_ids])
@@ -151,6 +152,19 @@ def test_other_batch_cuts_give_the_same_tokens(max_rows: int) -> None:
     for identity, rollout in whole.items():
         assert cut[identity].token_ids == rollout.token_ids
         assert cut[identity].logprobs == pytest.approx(rollout.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("burst", [2, 5, 100])
+def test_looking_less_often_gives_the_same_rollouts(burst: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = tiny_model("llama"), ragged_prompts()
+    params = replace(PLAIN, max_tokens=70, stop_token_ids=tuple(range(60, 75)))
+    every = run(LocalSampler(model, tiny_tokenizer()), prompts, params)
+    monkeypatch.setitem(BURST, "cpu", burst)
+    seldom = run(LocalSampler(model, tiny_tokenizer()), prompts, params)
+    for identity, rollout in every.items():
+        assert seldom[identity].token_ids == rollout.token_ids
+        assert seldom[identity].finish_reason == rollout.finish_reason
+        assert seldom[identity].logprobs == pytest.approx(rollout.logprobs, abs=1e-4)
 
 
 def test_a_rollout_depends_neither_on_its_companions_nor_on_their_order() -> None:

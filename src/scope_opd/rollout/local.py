@@ -30,8 +30,9 @@ from scope_opd.types import FinishReason, Prompt, Rollout, SamplingParams
 
 # Rows that ended stay until they are this share of the batch: dropping them copies the cache.
 IDLE_SHARE = 0.125
-# Decode steps between looks at the finished rows: looking makes the host wait for a GPU.
-GPU_BURST = 8
+# Decode steps between looks at the finished rows, by device type: looking makes the host wait for a GPU.
+BURST = {"cpu": 1}
+_BURST_ELSEWHERE = 8
 # Positions for which uniforms are made at once.
 _UNIFORM_BLOCK = 64
 
@@ -78,13 +79,14 @@ class LocalSampler:
     ) -> AsyncIterator[Rollout]:
         """Yield ``params.n`` rollouts for each prompt as they end.
 
-        Computes on the thread of the event loop and gives control back after every decode step.
+        Computes on the thread of the event loop and gives control back after every decode step (eight on a GPU).
 
         Raises:
             ScopeError: a prompt that is empty, doubled, too long for the response asked for, or has ids that the
                 model lacks; settings out of range. All before anything is sampled.
             RunFailed: the model's logits are NaN.
         """
+        assert not self.model.training, "dropout and gradient checkpointing would change what is sampled"
         self._check(prompts, params)
         settings = {
             "temperature": params.temperature,
@@ -181,7 +183,7 @@ class _DecodeBatch:
         self.model, self.rows, self.params = model, rows, params
         self.device = next(model.parameters()).device
         self.autocast = autocast
-        self.burst = 1 if self.device.type == "cpu" else GPU_BURST
+        self.burst = BURST.get(self.device.type, _BURST_ELSEWHERE)
         self.accepts = inspect.signature(model.forward).parameters
         self.t = 0
         self.done = False
