@@ -134,7 +134,12 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], Any], list[str]]] = {
     "missing parquet column": (
         "r.parquet",
         lambda path: write_parquet(path, [{"problem": "p"}]),
-        ["'answer'", "row 1"],
+        ["'answer'", "among problem"],
+    ),
+    "problem is a chat": (
+        "r.parquet",
+        lambda path: write_parquet(path, [{"problem": [{"role": "user", "content": "p"}], "answer": "a"}]),
+        ["problem is", "(list)", "row 1"],
     ),
     "id on some rows": ("r.jsonl", lambda path: write(path, [ROWS[0], {"problem": "p", "answer": "a"}]), ["line 2"]),
     "duplicate ids": ("r.jsonl", lambda path: write(path, [ROWS[0], ROWS[0]]), ["line 2", "'a'", "line 1"]),

@@ -80,7 +80,7 @@ CASES: dict[str, Case] = {
     "unknown option": Case("train x.toml --rezume", ("--rezume", "one of", "did you mean --resume?")),
     "unknown option of no command": Case("--verison", ("--verison", "one of", "did you mean --version?")),
     "unknown command of a command": Case("zoo lst", ("unknown command lst", "one of", "did you mean list?")),
-    "missing argument": Case("train", ("CONFIG", "requires", "scope train --help")),
+    "missing argument": Case("train", ("CONFIG", "expected", "scope train --help")),
     "argument too many": Case("weights a b", ("unexpected argument b", "expected none", "--help")),
     "not a number": Case("weights a --tau much", ("much", "float", "--help")),
     "not a choice": Case("weights a --scale median", ("median", "sum", "--help")),
@@ -295,9 +295,7 @@ def test_a_mistake_is_one_line_and_loses_nothing(
     assert {path: after.get(path) for path in before} == before
 
 
-@pytest.mark.xfail(
-    strict=True, reason="RunFolder.close() fails on rows that the disk refused and hides the error"
-)
+@pytest.mark.xfail(strict=True, reason="RunFolder.close() fails on rows that the disk refused and hides the error")
 def test_a_full_disk_ends_a_run_with_one_line(models: Path, tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")

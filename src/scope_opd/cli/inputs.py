@@ -97,7 +97,7 @@ def build_configured_method(config: Config) -> Method:
     try:
         return build_method(objective.method, objective.model_dump(), **objective.method_settings)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"objective: {error}", "settings that the method takes", "change [objective]") from None
+        raise ConfigError(f"objective: {error}", remedy="change [objective]") from None
 
 
 def needs_teacher(config: Config, method: Method) -> bool:

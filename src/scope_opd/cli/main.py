@@ -15,7 +15,14 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from cyclopts import App, CycloptsError, UnknownCommandError, UnknownOptionError, UnusedCliTokensError
+from cyclopts import (
+    App,
+    CycloptsError,
+    MissingArgumentError,
+    UnknownCommandError,
+    UnknownOptionError,
+    UnusedCliTokensError,
+)
 
 from scope_opd import __version__
 from scope_opd.cli.names import nearest
@@ -109,6 +116,8 @@ def usage_line(error: CycloptsError) -> str:
         return f"unknown option {name} of {command}; expected {nearest(name, known)}; {see}"
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         return f"unexpected argument {error.unused_tokens[0]}; expected none there; {see}"
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        return f"{command} lacks a value for {error.keyword or error.argument.name}; expected one; {see}"
     text = " ".join(str(error).split()).rstrip(".")
     return f"{text[:1].lower()}{text[1:]}; {see}"
 

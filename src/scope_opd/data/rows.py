@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,9 @@ def read_rows(path: str | Path, columns: Columns | None = None, *, max_rows: int
         raise DataError(f"data file {source} does not exist", "a data file", "check the path")
     if source.stat().st_size == 0:
         raise DataError(f"data file {source} is empty", "at least one row", "check how it was written")
-    read = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}[source.suffix]
-    return check_rows(read(source), columns, source=str(source), max_rows=max_rows)
+    names = columns or Columns()
+    read = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": partial(_parquet_rows, names=names)}[source.suffix]
+    return check_rows(read(source), names, source=str(source), max_rows=max_rows)
 
 
 def check_rows(
@@ -129,9 +131,9 @@ def check_rows(
     return rows
 
 
-def _require_column(values: Mapping[str, Any], name: str, where: str) -> None:
+def _require_column(values: Iterable[Any], name: str, where: str) -> None:
     if name not in values:
-        found = ", ".join(str(column) for column in values) or "none"
+        found = ", ".join(map(str, values)) or "none"
         raise DataError(
             f"{where}: no column {name!r} among {found}",
             f"a column {name!r}",
@@ -195,14 +197,21 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield f"row {number}", row
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parquet_rows(path: Path, names: Columns) -> Iterator[tuple[str, Mapping[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
+    import pyarrow.types
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            for name in (names.problem, names.answer):
+                _require_column(schema.names, name, str(path))
+            # Lists and structs (chats, traces) are not read, unless a name given is one of them and must be refused.
+            taken = (names.problem, names.answer, names.id)
+            wanted = [each.name for each in schema if each.name in taken or not pyarrow.types.is_nested(each.type)]
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=_flat_columns(file.schema_arrow)):
+            for batch in file.iter_batches(batch_size=1024, columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"row {number}", row
@@ -211,11 +220,3 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise DataError(
             f"{path}: {reason}", "a complete parquet file", "copy or write the file again; it may be cut off"
         ) from None
-
-
-def _flat_columns(schema: Any) -> Sequence[str]:
-    """Columns of scalars. Lists and structs are left out, unless nothing else is there to complain about."""
-    import pyarrow.types
-
-    names: list[str] = [column.name for column in schema if not pyarrow.types.is_nested(column.type)]
-    return names or list(schema.names)
