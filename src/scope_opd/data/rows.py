@@ -14,7 +14,6 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -76,8 +75,12 @@ def read_rows(path: str | Path, columns: Columns | None = None, *, max_rows: int
     if source.stat().st_size == 0:
         raise DataError(f"data file {source} is empty", "at least one row", "check how it was written")
     names = columns or Columns()
-    read = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": partial(_parquet_rows, names=names)}[source.suffix]
-    return check_rows(read(source), names, source=str(source), max_rows=max_rows)
+    numbered: Iterator[tuple[str, Mapping[str, Any]]]
+    if source.suffix == ".parquet":
+        numbered = _parquet_rows(source, names)
+    else:
+        numbered = _json_rows(source) if source.suffix == ".json" else _jsonl_rows(source)
+    return check_rows(numbered, names, source=str(source), max_rows=max_rows)
 
 
 def check_rows(
