@@ -71,6 +71,7 @@ class ScriptedSampler:
                 self.given += 1
                 yield rollout
         finally:
+            await pause(2)  # as an engine that has to wait for its server
             self.closed = True
 
 
@@ -387,10 +388,10 @@ def test_collect_raises_the_error_itself(stage: str) -> None:
 
 
 def test_a_keyboard_interrupt_passes_through_collect() -> None:
-    line, sampler, _ = failing("verifier", KeyboardInterrupt())
+    line, _, busy = failing("verifier", KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         collect(line)
-    assert sampler.closed
+    assert busy.now == 0
 
 
 def test_a_pipeline_serves_again_after_an_error() -> None:
@@ -406,16 +407,36 @@ def test_a_consumer_that_stops_early_leaves_nothing_running(streams: bool) -> No
     sampler, busy = ScriptedSampler(), Busy()
     line = pipeline(sampler, AnswerVerifier(busy=busy), TableTeacher(streams, busy=busy))
 
-    async def stop() -> set[asyncio.Task[Any]]:
+    async def stop() -> tuple[int, set[asyncio.Task[Any]]]:
         stream = line.stream(PROMPTS, PARAMS, step=0, policy_version=0)
         async with contextlib.aclosing(stream):
             async for _ in stream:
                 break
-        return others()
+            given = sampler.given
+        return given, others()
 
-    assert asyncio.run(stop()) == set()
+    given, left = asyncio.run(stop())
+    assert left == set()
     assert sampler.closed
+    assert sampler.given == given  # stopped, not waited for
     assert busy.now == 0
+
+
+def test_a_sampler_that_waits_for_a_place_is_closed_when_the_consumer_stops() -> None:
+    # The sampler is suspended at its yield, so that no cancellation reaches it: somebody has to close it.
+    sampler = ScriptedSampler()
+    line = pipeline(sampler, AnswerVerifier(delay=lambda: 20), TableTeacher(streams=True), max_in_flight=1)
+
+    async def stop() -> tuple[bool, set[asyncio.Task[Any]], bool]:
+        stream = line.stream(PROMPTS, PARAMS, step=0, policy_version=0)
+        async with contextlib.aclosing(stream):
+            await anext(stream)
+            await pause(5)
+            open_still = not sampler.closed
+        return open_still, others(), sampler.closed
+
+    assert asyncio.run(stop()) == (True, set(), True)
+    assert sampler.given < len(NAMES)
 
 
 @pytest.mark.parametrize("after", [0, 1, 5, 20, 40])
