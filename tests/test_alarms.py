@@ -48,8 +48,10 @@ def test_length_is_compared_with_the_first_steps() -> None:
     assert ring(series("length/mean", values)) == [[], [], [], [], [], [], ["length_growth"], []]
 
 
-def test_gradient_norm_over_its_limit_rings() -> None:
-    assert ring(series("grad_norm", [99.0, None, 101.0])) == [[], [], ["grad_norm"]]
+def test_gradient_norm_is_compared_with_the_first_steps() -> None:
+    values = [500.0, 600.0, None, 400.0, 500.0, 500.0, 0.0, 49_000.0, 51_000.0, 600.0]
+    assert ring(series("grad_norm", values)) == [*[[]] * 8, ["grad_norm"], []]
+    assert ring(series("grad_norm", [1.0, 9.0]), grad_norm_limit=1.5) == [[], ["grad_norm"]]
 
 
 def test_uniform_weights_ring_once_a_path_and_only_where_tau_is_at_work() -> None:
@@ -73,7 +75,7 @@ def test_a_number_that_is_not_finite_rings() -> None:
 @pytest.mark.parametrize("cut", [1, 3, 5])
 def test_the_state_is_all_that_a_resumed_run_needs(cut: int) -> None:
     rows = [
-        {"entropy": e, "length/mean": n, "truncated/share": t}
+        {"entropy": e, "length/mean": n, "truncated/share": t, "grad_norm": n**9}
         for e, n, t in zip(
             [1, 0.6, 0.4, 0.4, 0.9, 0.3], [5, 5, 5, 11, 20, 9], [0.6, 0.6, 0.1, 0.6, 0.6, 0], strict=True
         )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from scope_opd.train.checkpoint import (
     unique_weights,
 )
 from tiny import tiny_model
+from train_kit import files_limited_to
 
 PARTS = ("model.safetensors", "optimizer.pt", "trainer.json")
 
@@ -120,17 +119,6 @@ def test_all_damaged_is_none_at_all_and_what_was_half_written_is_cleared(tmp_pat
     assert len(reports) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["damaged-step-000001"]
     assert newest_sound(tmp_path / "nowhere", pytest.fail) is None
-
-
-@contextmanager
-def files_limited_to(size: int) -> Iterator[None]:
-    """A file system that takes no more: writes beyond ``size`` bytes fail as on a full disk (EFBIG for ENOSPC)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [0, 1_000, 60_000])

@@ -22,7 +22,7 @@ from scope_opd.train import train
 from scope_opd.train.metrics import METRIC_KEYS
 from scope_opd.types import Rollout
 from tiny import tiny_model
-from train_kit import fake_evaluator, lasting, make_config, make_engines, weights_of
+from train_kit import fake_evaluator, files_limited_to, lasting, make_config, make_engines, weights_of
 
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -67,7 +67,11 @@ def test_a_run_folder_tells_the_whole_run(tmp_path: Path) -> None:
     config = make_config(
         tmp_path / "run", eval={"every": 2, "at_start": True, "at_end": True}, run={"export": True}
     )  # fmt: skip
-    engines = make_engines(config, evaluator=fake_evaluator)
+
+    async def evaluator(step: int, policy_version: int) -> list[dict[str, Any]]:
+        return fake_evaluator(step, policy_version)
+
+    engines = make_engines(config, evaluator=evaluator)
     result = train(config, engines, progress=False)
     folder = result.folder
 
@@ -230,6 +234,15 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     config = make_config(tmp_path / "file" / "run")
     with pytest.raises(RunFolderError, match="Not a directory"):
         train(config, make_engines(config), progress=False)
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_it_resumes(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", run={"checkpoint_every": 0})
+    with files_limited_to(12_000), pytest.raises(RunFailed, match=r"rollouts\.jsonl could not be written: ") as failure:
+        train(config, make_engines(config), progress=False)
+    assert failure.value.exit_code == 1
+    assert train(config, make_engines(config), resume=True, progress=False).steps == 4
+    assert [row["step"] for row in rows(tmp_path / "run", "metrics")] == [0, 1, 2, 3]
 
 
 def test_config_on_record_leaves_out_what_is_none(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ a program it trains by a config file (the kill and signal tests start it that wa
 
 from __future__ import annotations
 
+import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,17 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """A file system that takes no more: writes beyond ``size`` bytes fail as on a full disk (EFBIG for ENOSPC)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def main(folder: str, pause_in: str, resume: str) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from scope_opd.config import AlarmAction, AlarmsConfig
@@ -38,14 +39,20 @@ class Alarms:
         self.weights_use_tau = weights_use_tau
         self._entropies: list[float] = []
         self._first_lengths: list[float] = []
+        self._first_norms: list[float] = []
         self._ringing: set[str] = set()
 
     def state(self) -> dict[str, Any]:
-        return {"entropies": self._entropies, "lengths": self._first_lengths, "ringing": sorted(self._ringing)}
+        return {
+            "entropies": self._entropies,
+            "lengths": self._first_lengths,
+            "norms": self._first_norms,
+            "ringing": sorted(self._ringing),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._entropies, self._first_lengths = list(state["entropies"]), list(state["lengths"])
-        self._ringing = set(state["ringing"])
+        self._first_norms, self._ringing = list(state["norms"]), set(state["ringing"])
 
     def check(self, metrics: Mapping[str, Any]) -> list[Alarm]:
         """The alarms that ring on this row of metrics, in a fixed order."""
@@ -101,9 +108,18 @@ class Alarms:
             )  # fmt: skip
 
         norm = row.get("grad_norm")
-        if norm is not None:
-            large = norm > config.grad_norm_limit
-            yield "grad_norm", f"gradient norm {norm:.3g} is over {config.grad_norm_limit:g}" if large else None
+        if norm is not None and norm > 0:
+            # The size of a healthy gradient depends on the aggregation (a sum over tokens or a mean): compare it with
+            # the run's own first steps, never with a constant.
+            if len(self._first_norms) < BASELINE_STEPS:
+                self._first_norms = [*self._first_norms, norm]
+            start = median(self._first_norms)
+            large = norm > config.grad_norm_limit * start
+            yield (
+                "grad_norm",
+                f"gradient norm {norm:.3g} is more than {config.grad_norm_limit:g} times that of the first steps "
+                f"({start:.3g})" if large else None,
+            )  # fmt: skip
 
         for path in ("student", "teacher"):
             size = row.get(f"ess/{path}")

@@ -15,6 +15,7 @@ import secrets
 import shutil
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,7 +42,7 @@ class RunFolder:
         self.path = path
         self.info: dict[str, Any] = {}
         self._lock = lock
-        self._streams: dict[str, IO[bytes]] = {}
+        self._streams: dict[str, FileIO] = {}
         self._status: tuple[int, str] | None = None
 
     @classmethod
@@ -123,8 +124,9 @@ class RunFolder:
             return
         try:
             stream = self._stream(name)
-            stream.write("".join(line + "\n" for line in lines).encode())
-            stream.flush()
+            rest = memoryview("".join(line + "\n" for line in lines).encode())
+            while rest:
+                rest = rest[stream.write(rest) :]
         except OSError as error:
             raise self._failed(f"{name}.jsonl", error) from error
 
@@ -134,7 +136,6 @@ class RunFolder:
         try:
             for name in LINE_FILES:
                 stream = self._stream(name)
-                stream.flush()
                 os.fsync(stream.fileno())
                 sizes[name] = os.fstat(stream.fileno()).st_size
         except OSError as error:
@@ -168,9 +169,10 @@ class RunFolder:
         self._streams.clear()
         self._lock.close()
 
-    def _stream(self, name: str) -> IO[bytes]:
+    def _stream(self, name: str) -> FileIO:
+        """Unbuffered: what a full disk refused must not come up again when the file is closed."""
         if name not in self._streams:
-            self._streams[name] = (self.path / f"{name}.jsonl").open("ab")
+            self._streams[name] = (self.path / f"{name}.jsonl").open("ab", buffering=0)
         return self._streams[name]
 
     def _read_info(self) -> dict[str, Any]:
