@@ -18,6 +18,7 @@ from scope_opd.evaluate.metrics import bootstrap_interval, pass_at_k
 from scope_opd.report import build_report
 from scope_opd.report.groups import group_runs
 from scope_opd.report.load import load_run
+from scope_opd.report.plots import thinned
 from scope_opd.report.viewer import viewer_data
 
 SMALL = {"steps": 4, "problems": 40, "n": 8}
@@ -227,6 +228,13 @@ def test_report_of_the_demo_stays_under_3_mb(tmp_path: Path) -> None:
     assert out.stat().st_size < 3_000_000
 
 
+def test_long_runs_do_not_grow_the_curves() -> None:
+    steps, values = thinned(np.arange(10_000.0), np.linspace(0, 1, 10_000))
+    assert steps.size == values.size <= 400
+    assert values.mean() == pytest.approx(0.5)
+    assert np.array_equal(thinned(np.arange(5.0), np.ones(5))[0], np.arange(5.0))
+
+
 # --- viewer ------------------------------------------------------------------
 
 
@@ -249,12 +257,14 @@ def test_viewer_thins_steps_and_cuts_long_responses_and_says_so(tmp_path: Path) 
     for key in ("token_ids", "tokens", "logprobs", "advantages"):
         rows[0][key] = rows[0][key] * 200
     fake_run.write_jsonl(run / "rollouts.jsonl", rows)
-    data, notes = viewer_data(group_runs([load_run(run)])[0], budget=4_000)
+    data, notes = viewer_data(group_runs([load_run(run)])[0], budget=2_000)
     assert data is not None
     steps = [step["step"] for step in data["runs"][0]["steps"]]
     assert (steps[0], steps[-1]) == (1, 12)
     assert len(steps) < 12
-    assert notes == [f"at most {len(steps)} of up to 12 logged steps a run"]
+    assert notes[0] == f"at most {len(steps)} of up to 12 logged steps a run"
+    assert "the first group of each step" in notes
+    assert "of long responses the first 300 and the last 100 tokens" in notes
     longest = data["runs"][0]["steps"][0]["groups"][0]["rollouts"][0]
     assert longest["length"] == len(rows[0]["token_ids"])
     assert len(longest["tokens"]) + longest["cut"]["tokens"] == longest["length"]

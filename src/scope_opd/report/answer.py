@@ -81,8 +81,9 @@ def lede(results: Results) -> str:
             scope = " for these models, one seed each" if resolved[0][0].seed_margin is None else ""
             sentences.append(f"It ends {_and(some)} ({each}{scope}).")
     if open_:
-        some = [f"{name} ({signed(d.value)})" for d, name in open_]
-        sentences.append(f"The difference to {_and(some)} is not resolved by these problems and seeds.")
+        some = [f"{name} ({signed(d.value)} points)" for d, name in open_]
+        subject, verb = ("differences", "are") if len(some) > 1 else ("difference", "is")
+        sentences.append(f"The {subject} to {_and(some)} {verb} not resolved by these problems and seeds.")
     start, teacher = start_of(line, results), next(iter(results.of("teacher")), None)
     values = [
         estimate.value

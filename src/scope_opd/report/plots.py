@@ -21,7 +21,7 @@ STAGES = (
     ("time/update_s", "Update"),
 )
 MAX_POINTS = 350
-"""Marks in one scatter: evenly chosen by order of step beyond that."""
+"""Marks in one scatter (evenly chosen by order of step beyond that), points of one curve."""
 
 
 def series(run: Run, key: str) -> tuple[FloatArray, FloatArray]:
@@ -49,6 +49,14 @@ def mean_curve(curves: Sequence[tuple[FloatArray, FloatArray]], window: int) -> 
     return shared, np.asarray(smooth)
 
 
+def thinned(steps: FloatArray, values: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Long curves as means of equal stretches, so that the file does not grow with the run."""
+    if steps.size <= MAX_POINTS:
+        return steps, values
+    stretches = np.array_split(np.arange(steps.size), MAX_POINTS)
+    return np.array([steps[s].mean() for s in stretches]), np.array([values[s].mean() for s in stretches])
+
+
 def curves(
     groups: Sequence[Group], key: str, name: str, title: str, *, percent: bool = False, zero: bool = False
 ) -> str | None:
@@ -62,8 +70,8 @@ def curves(
     for group, found in drawn:
         colour = slot_colour(group.slot)
         for steps, values in found:
-            axes.plot(steps, scale * values, color=colour, linewidth=0.6, alpha=0.4)
-        steps, values = mean_curve(found, smoothing_window(max(len(s) for s, _ in found)))
+            axes.plot(*thinned(steps, scale * values), color=colour, linewidth=0.6, alpha=0.4)
+        steps, values = thinned(*mean_curve(found, smoothing_window(max(len(s) for s, _ in found))))
         axes.plot(
             steps, scale * values, color=colour, linestyle=DASHES[group.slot], marker="o" if len(steps) < 3 else ""
         )

@@ -22,6 +22,7 @@
     return text.replace("-", "−");
   };
   const labels = [...new Set(data.runs.map((run) => run.label))];
+  const FOLD = 200; // tokens of a long response shown before it is unfolded
   let step = null;
 
   const fill = (select, items) => {
@@ -75,7 +76,7 @@
     const box = make("div", "prompt");
     const heading = make("h3", "", group.id);
     const correct = group.rollouts.filter((rollout) => rollout.verdict === "correct").length;
-    heading.append(make("small", "", `${correct} of ${group.rollouts.length} shown rollouts correct`));
+    heading.append(make("small", "", `${correct} of ${group.rollouts.length} logged rollouts correct`));
     box.append(heading);
     if (group.prompt) box.append(make("pre", "", group.prompt));
     const heaviest = Math.max(...group.rollouts.map((r) => Math.abs(r.reinforce || r.distill || 0)));
@@ -115,8 +116,24 @@
 
   function drawTokens(rollout, run) {
     const text = make("div", "tokens");
+    const long = rollout.tokens.length > 1.3 * FOLD;
+    appendTokens(text, rollout, run, 0, long ? FOLD : rollout.tokens.length);
+    if (long) {
+      const more = make("button", "unfold", `… show all ${rollout.length} tokens`);
+      more.type = "button";
+      more.addEventListener("click", () => {
+        more.remove();
+        appendTokens(text, rollout, run, FOLD, rollout.tokens.length);
+      });
+      text.append(more);
+    }
+    return text;
+  }
+
+  function appendTokens(text, rollout, run, from, to) {
     const advantages = rollout.advantages;
-    rollout.tokens.forEach((id, place) => {
+    for (let place = from; place < to; place += 1) {
+      const id = rollout.tokens[place];
       if (rollout.cut && place === rollout.cut.after) text.append(make("span", "cut", ` … ${rollout.cut.tokens} tokens not shown … `));
       const raw = data.vocabulary[id];
       const span = make("span", "", raw.replace(/\n/g, "⏎\n"));
@@ -127,9 +144,8 @@
         span.style.setProperty("--a", Math.min(1, Math.sqrt(Math.abs(advantage) / (run.scale || 1))).toFixed(3));
       }
       span.dataset.note = `${JSON.stringify(raw)}: advantage ${advantage === undefined ? "not recorded" : format(advantage)}`;
-      text.append(span, document.createTextNode(/\s$/.test(raw) ? "" : "\u200b"));
-    });
-    return text;
+      text.append(span, "\u200b"); // a place to break the line
+    }
   }
 
   const read = (event) => {

@@ -14,7 +14,7 @@ from scope_opd.report.load import Run, number
 from scope_opd.report.parts import Section, figure, figures, legend, missing, section, swatch, table
 from scope_opd.report.results import Results
 
-EVENTS_SHOWN = 12
+EVENTS_SHOWN = 5
 
 
 def result(results: Results) -> Section:

@@ -17,7 +17,9 @@ from scope_opd.report.groups import Group
 from scope_opd.report.load import RolloutPoint, Run, number, numbers, read_rollouts
 
 TOKEN_BUDGET = 100_000
-HEAD_TOKENS, TAIL_TOKENS = 900, 300
+LONG_CUT, SHORT_CUT = (900, 300), (300, 100)
+"""(first, last) tokens kept of a long response."""
+ENOUGH_STEPS = 8
 PROMPT_CHARACTERS = 4_000
 
 
@@ -32,8 +34,8 @@ def viewer_data(groups: Sequence[Group], *, budget: int = TOKEN_BUDGET) -> tuple
     if not runs:
         return None, []
     vocabulary: dict[str, int] = {}
-    chosen, notes = _choose([run.rollouts for _, run in runs], budget)
-    packed = [_pack_run(group, run, points, vocabulary) for (group, run), points in zip(runs, chosen, strict=True)]
+    chosen, cut, notes = _choose([run.rollouts for _, run in runs], budget)
+    packed = [_pack_run(group, run, points, vocabulary, cut) for (group, run), points in zip(runs, chosen, strict=True)]
     return {"vocabulary": list(vocabulary), "runs": packed}, notes
 
 
@@ -43,27 +45,42 @@ def data_block(data: dict[str, Any]) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _shown(point: RolloutPoint) -> int:
-    return min(point.tokens, HEAD_TOKENS + TAIL_TOKENS)
+def _choose(
+    runs: Sequence[Sequence[RolloutPoint]], budget: int
+) -> tuple[list[list[RolloutPoint]], tuple[int, int], list[str]]:
+    """Rollouts of every run at evenly spread steps (first and last kept), the cut of long responses, and notes.
 
-
-def _choose(runs: Sequence[Sequence[RolloutPoint]], budget: int) -> tuple[list[list[RolloutPoint]], list[str]]:
-    """As many whole steps of every run, evenly spread with first and last, as fit; at worst one group of each step."""
-    by_step: list[dict[int, list[RolloutPoint]]] = [{} for _ in runs]
-    for points, steps in zip(runs, by_step, strict=True):
-        for point in points:
-            steps.setdefault(point.step, []).append(point)
-    cost = [{step: sum(map(_shown, points)) for step, points in steps.items()} for steps in by_step]
-    most = keep = max(map(len, by_step))
-    while keep > 2 and sum(sum(costs[step] for step in _spread(sorted(costs), keep)) for costs in cost) > budget:
-        keep -= 1
-    chosen = [[point for step in _spread(sorted(steps), keep) for point in steps[step]] for steps in by_step]
+    Whole steps if eight of them fit, else the first group of each step, else that with shorter responses.
+    """
+    steps = [_by_step(points) for points in runs]
+    first = [{step: [p for p in points if p.group == points[0].group] for step, points in run.items()} for run in steps]
+    most = max(map(len, steps))
+    tiers = [(steps, LONG_CUT), (first, LONG_CUT), (first, SHORT_CUT)]
+    for number_of_tier, (candidates, cut) in enumerate(tiers, start=1):
+        keep = most
+        while keep > 2 and sum(_cost(run, keep, cut) for run in candidates) > budget:
+            keep = max(2, min(keep - 1, int(0.97 * keep)))
+        if keep >= min(ENOUGH_STEPS, most) or number_of_tier == len(tiers):
+            break
+    chosen = [[point for step in _spread(sorted(run), keep) for point in run[step]] for run in candidates]
     notes = [f"at most {keep} of up to {most} logged steps a run"] if keep < most else []
-    if sum(_shown(point) for points in chosen for point in points) > budget:
-        first = [{step: points[0].group for step, points in steps.items()} for steps in by_step]
-        chosen = [[p for p in points if p.group == names[p.step]] for points, names in zip(chosen, first, strict=True)]
+    if candidates is first and first != steps:
         notes.append("the first group of each step")
-    return chosen, notes
+    if any(point.tokens > sum(cut) for points in chosen for point in points):
+        notes.append(f"of long responses the first {cut[0]} and the last {cut[1]} tokens")
+    return chosen, cut, notes
+
+
+def _by_step(points: Sequence[RolloutPoint]) -> dict[int, list[RolloutPoint]]:
+    steps: dict[int, list[RolloutPoint]] = {}
+    for point in points:
+        steps.setdefault(point.step, []).append(point)
+    return steps
+
+
+def _cost(run: dict[int, list[RolloutPoint]], keep: int, cut: tuple[int, int]) -> int:
+    """Tokens on the page when ``keep`` steps of a run are shown."""
+    return sum(min(point.tokens, sum(cut)) for step in _spread(sorted(run), keep) for point in run[step])
 
 
 def _spread(steps: Sequence[int], keep: int) -> list[int]:
@@ -72,7 +89,9 @@ def _spread(steps: Sequence[int], keep: int) -> list[int]:
     return [steps[round(i * (len(steps) - 1) / (keep - 1))] for i in range(keep)]
 
 
-def _pack_run(group: Group, run: Run, points: Sequence[RolloutPoint], vocabulary: dict[str, int]) -> dict[str, Any]:
+def _pack_run(
+    group: Group, run: Run, points: Sequence[RolloutPoint], vocabulary: dict[str, int], cut: tuple[int, int]
+) -> dict[str, Any]:
     steps: dict[int, dict[str, dict[str, Any]]] = {}
     sizes: list[float] = []
     for point, row in zip(points, read_rollouts(run, points), strict=True):
@@ -80,7 +99,7 @@ def _pack_run(group: Group, run: Run, points: Sequence[RolloutPoint], vocabulary
         sizes += [abs(value) for value in advantages or [] if value]
         prompts = steps.setdefault(point.step, {})
         prompt = prompts.setdefault(point.group, {"id": point.group, "prompt": _prompt(row), "rollouts": []})
-        prompt["rollouts"].append(_pack_rollout(row, point, advantages, vocabulary))
+        prompt["rollouts"].append(_pack_rollout(row, point, advantages, vocabulary, cut))
     return {
         "name": run.name,
         "label": group.label,
@@ -117,15 +136,20 @@ def _advantages(row: dict[str, Any]) -> list[float] | None:
 
 
 def _pack_rollout(
-    row: dict[str, Any], point: RolloutPoint, advantages: list[float] | None, vocabulary: dict[str, int]
+    row: dict[str, Any],
+    point: RolloutPoint,
+    advantages: list[float] | None,
+    vocabulary: dict[str, int],
+    cut: tuple[int, int],
 ) -> dict[str, Any]:
     ids = row.get("token_ids")
     ids = ids if isinstance(ids, list) else []
     strings = row.get("tokens")
     if not isinstance(strings, list) or len(strings) != len(ids):
         strings = [f"‹{token}›" for token in ids]
-    cut = len(ids) - HEAD_TOKENS - TAIL_TOKENS
-    kept = list(range(len(ids))) if cut <= 0 else [*range(HEAD_TOKENS), *range(len(ids) - TAIL_TOKENS, len(ids))]
+    head, tail = cut
+    left_out = max(0, len(ids) - head - tail)
+    kept = list(range(len(ids))) if not left_out else [*range(head), *range(len(ids) - tail, len(ids))]
     packed = {
         "sample": row.get("sample") if isinstance(row.get("sample"), int) else None,
         "verdict": {True: "correct", False: "incorrect", None: "no verdict"}[point.correct],
@@ -138,7 +162,7 @@ def _pack_rollout(
         "extracted": str(row["extracted"])[:200] if row.get("extracted") is not None else None,
         "tokens": [vocabulary.setdefault(_readable(strings[place]), len(vocabulary)) for place in kept],
         "advantages": _pack_advantages([advantages[place] for place in kept]) if advantages else None,
-        "cut": {"after": HEAD_TOKENS, "tokens": cut} if cut > 0 else None,
+        "cut": {"after": head, "tokens": left_out} if left_out else None,
     }
     return {key: value for key, value in packed.items() if value is not None and value is not False}
 
