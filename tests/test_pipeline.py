@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import gc
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -387,11 +388,20 @@ def test_collect_raises_the_error_itself(stage: str) -> None:
     assert sampler.closed
 
 
-def test_a_keyboard_interrupt_passes_through_collect() -> None:
-    line, _, busy = failing("verifier", KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("stage", ["sampler", "verifier", "streaming teacher", "teacher"])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_passes_through_collect_as_itself_and_leaves_nothing_running(
+    stage: str, kind: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    error = kind("now")
+    line, sampler, busy = failing(stage, error)
+    with pytest.raises(kind) as caught:
         collect(line)
+    assert caught.value is error
+    assert sampler.closed
     assert busy.now == 0
+    gc.collect()  # a task that was left pending complains when it is destroyed
+    assert caplog.records == []
 
 
 def test_a_pipeline_serves_again_after_an_error() -> None:

@@ -175,6 +175,8 @@ class Pipeline:
         async def handle(rollout: Rollout) -> None:
             try:
                 await self._judge(state, rollout)
+            except (KeyboardInterrupt, SystemExit) as stop:
+                raise _Stopped(stop) from None
             finally:
                 places.release()
 
@@ -250,9 +252,16 @@ class Pipeline:
             state.complete.put_nowait(sorted(group, key=lambda member: member.sample))
 
 
+class _Stopped(Exception):
+    """An interrupt in one of a step's tasks. Raised bare it would leave the event loop before the others are ended."""
+
+    def __init__(self, stop: BaseException) -> None:
+        self.stop = stop
+
+
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The first real error of a task group, so that callers see the ScopeError itself."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    return error
+    return error.stop if isinstance(error, _Stopped) else error
