@@ -145,7 +145,9 @@ def test_start_folder_takes_the_place_of_step_0_rows(tmp_path: Path) -> None:
     run = fake_run.write_run(tmp_path / "scope", "scope", 0, **SMALL)
     rows = fake_run.read_jsonl(run / "eval.jsonl")
     fake_run.write_jsonl(run / "eval.jsonl", [row for row in rows if row["step"]])
-    assert "SCOPE reaches" in report(tmp_path, run).headline()
+    without = report(tmp_path, run)
+    assert "SCOPE reaches" in without.headline()
+    assert "The start and the teacher were not evaluated in these runs." in without.text
     start = fake_run.write_evaluation(tmp_path / "start", "start", fake_run.START, problems=40, n=8)
     assert "SCOPE lifts" in report(tmp_path, run, start).headline()
 
@@ -285,7 +287,7 @@ def test_run_killed_midway_is_shown_up_to_there(tmp_path: Path) -> None:
     page = report(tmp_path, run)
     assert "killed: metrics.jsonl ends in an unfinished line 3" in page.text
     assert "killed: rollouts.jsonl ends in an unfinished line" in page.text
-    assert "killed: has not finished: step 2 of 4 is on record, in phase “scoring”" in page.text
+    assert "killed: has not finished: 2 of 4 steps are on record, stopped in phase “scoring”" in page.text
     assert "SCOPE: no evaluation after the start in killed" in page.text
     assert page.headline().startswith("SCOPE: training accuracy went from")
 

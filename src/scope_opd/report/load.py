@@ -75,10 +75,6 @@ class Run:
         steps = table(self.config, "train").get("steps")
         return steps if isinstance(steps, int) else None
 
-    @property
-    def last_step(self) -> int | None:
-        return self.metrics[-1]["step"] if self.metrics else None
-
 
 def table(values: dict[str, Any], name: str) -> dict[str, Any]:
     """A table of a config, or an empty one where it is missing or no table."""
@@ -270,11 +266,11 @@ def _perplexity(logprobs: list[float] | None) -> float | None:
 
 
 def _note_unfinished(run: Run) -> None:
-    phase, planned, last = run.status.get("phase"), run.planned_steps, run.last_step
+    phase, planned = run.status.get("phase"), run.planned_steps
     if phase == "done":
         return
-    reached = f"step {last}" + (f" of {planned}" if planned else "") if last is not None else "no step"
+    reached = f"{len(run.metrics)}{f' of {planned}' if planned else ''} steps are on record"
     if isinstance(phase, str):
-        run.notes.append(f"has not finished: {reached} is on record, in phase “{phase}”. What follows is up to there.")
-    elif planned is not None and (last is None or last + 1 < planned):
-        run.notes.append(f"has not finished: {reached} is on record. What follows is up to there.")
+        run.notes.append(f"has not finished: {reached}, stopped in phase “{phase}”. What follows is up to there.")
+    elif planned is not None and len(run.metrics) < planned:
+        run.notes.append(f"has not finished: {reached}. What follows is up to there.")

@@ -145,8 +145,6 @@ def collect(groups: Sequence[Group], runs: Sequence[Run]) -> Results:
     order = {"start": 0, "method": 1, "teacher": 2}
     lines.sort(key=lambda line: order[line.role])
     temperatures = sorted({temperature for line in lines for temperature in line.by_temperature})
-    if temperatures and not any(line.role == "teacher" and line.by_temperature for line in lines):
-        notes.append("The teacher was not evaluated: pass its evaluation folder to see what is left to gain.")
     return Results(lines, temperatures, notes)
 
 

@@ -32,6 +32,9 @@ def result(results: Results) -> Section:
         "Avg@n is the mean share of correct samples, which is Pass@1; Pass@k is the unbiased 1 − C(n−c, k) ÷ C(n, k) "
         "of c correct samples among n. Intervals are a bootstrap (BCa) over problems."
     )
+    absent = [role for role in ("start", "teacher") if not any(line.by_temperature for line in results.of(role))]
+    if absent:
+        how += f" The {' and the '.join(absent)} {'were' if len(absent) > 1 else 'was'} not evaluated in these runs."
     if several:
         how += (
             " With several seeds the same resampled problems serve all seeds and the seeds’ figures are averaged; "
