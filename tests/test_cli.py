@@ -399,6 +399,6 @@ def test_the_demo_leaves_runs_a_report_and_every_figure(tmp_path: Path) -> None:
     prompts = [(out / f"{name}-0" / "run.json") for name in ("scope", "dual_path", "opd", "grpo")]
     assert len({json.loads(path.read_text())["first_prompt"] for path in prompts}) == 1
     assert "<html" in (out / "report.html").read_text(encoding="utf-8")[:500]
-    again = subprocess.run([*command, "--set", "train.steps=0"], capture_output=True, text=True, check=False)
+    again = subprocess.run([*command, "--set", "objective.tau=0"], capture_output=True, text=True, check=False)
     assert again.returncode == 2
     assert (out / "report.html").exists()

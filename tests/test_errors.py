@@ -295,7 +295,6 @@ def test_a_mistake_is_one_line_and_loses_nothing(
     assert {path: after.get(path) for path in before} == before
 
 
-@pytest.mark.xfail(strict=True, reason="RunFolder.close() fails on rows that the disk refused and hides the error")
 def test_a_full_disk_ends_a_run_with_one_line(models: Path, tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")
