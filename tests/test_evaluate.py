@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
 import subprocess
@@ -278,9 +279,11 @@ def test_lost_and_foreign_rollouts_fail_the_evaluation() -> None:
         run(CountingSampler(rename=True))
 
 
-def test_what_a_verifier_raises_reaches_the_caller_unwrapped() -> None:
+def test_what_a_verifier_raises_reaches_the_caller_unwrapped(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(DataError, match="malformed problem"):
         run(verifier=BrokenVerifier())
+    gc.collect()
+    assert caplog.records == []  # asyncio complains here of tasks whose exception nobody took
 
 
 def test_repeated_or_missing_prompts_are_refused() -> None:

@@ -164,9 +164,8 @@ async def evaluate(
 
 
 async def _settle(pending: set[asyncio.Task[None]], until: str) -> set[asyncio.Task[None]]:
-    """Wait, raise what a verdict raised (``pending`` keeps the others for the caller to cancel), return the rest."""
+    """Wait, raise what a verdict raised (the caller then ends every task of ``pending``), return the rest."""
     done, rest = await asyncio.wait(pending, return_when=until)
-    pending.difference_update(done)
     for task in done:
         task.result()
     return rest
