@@ -19,9 +19,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from scope_opd.cli import checks
 from scope_opd.cli.main import COMMANDS, main
 from scope_opd.config import load_config
-from tiny import save_pair, tiny_tokenizer
+from scope_opd.errors import ModelError
+from scope_opd.types import Prompt
+from tiny import save_pair, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 ROWS = [{"id": f"p{i}", "problem": f"What is {i} + {i + 1}?", "answer": 2 * i + 1} for i in range(6)]
@@ -367,6 +370,58 @@ class TestDoctor:
         code, output = self.run(pair, capsys)
         assert code == 0
         assert "described by" in output
+
+
+class TestChecks:
+    def test_ids_of_only_one_tokenizer_warn_and_bound_the_common_vocabulary(self) -> None:
+        student, teacher = tiny_tokenizer(), tiny_tokenizer()
+        assert checks.compare_tokenizers(student, teacher).level == "ok"
+        assert checks.common_vocabulary(student, teacher) == len(student)
+        student.add_tokens(["<extra>"])
+        finding = checks.compare_tokenizers(student, teacher)
+        assert (finding.level, "1 only the student has" in finding.found) == ("warn", True)
+        assert checks.common_vocabulary(student, teacher) == len(teacher)
+
+    def test_an_end_token_of_the_student_alone_warns(self) -> None:
+        assert checks.compare_ends((1,), (1, 2), tiny_tokenizer()).level == "ok"
+        finding = checks.compare_ends((1, 2), (1,), tiny_tokenizer())
+        assert (finding.level, "<end>" in finding.remedy) == ("warn", True)
+
+    def test_a_prompt_id_without_a_row_fails_before_the_model_meets_it(self) -> None:
+        prompt = Prompt("p", "x", "y", (1, 7))
+        assert checks.vocabulary_rows([prompt], (2,), "student", 8).level == "ok"
+        finding = checks.vocabulary_rows([prompt], (9,), "student", 8)
+        assert finding.level == "FAIL"
+        with pytest.raises(ModelError, match="student vocabulary"):
+            checks.enforce([finding])
+
+    def test_the_papers_learning_rate_warns_for_large_models_with_float32_weights(self) -> None:
+        config = load_config(None, ["train.lr=5e-5"])
+        assert checks.learning_rate(config, 1_500_000_000).level == "warn"
+        assert checks.learning_rate(config, 86_000).level == "ok"
+        bfloat16 = load_config(None, ["train.lr=5e-5", "train.param_dtype=bfloat16"])
+        assert checks.learning_rate(bfloat16, 1_500_000_000).level == "ok"
+
+    def test_raw_log_probs_at_another_temperature_warn(self) -> None:
+        assert checks.temperature(load_config(None, ["objective.temperature=raw"])).level == "warn"
+        assert (
+            checks.temperature(load_config(None, ["objective.temperature=raw", "rollout.temperature=1.0"])).level
+            == "ok"
+        )
+
+    def test_held_out_problems_that_are_trained_on_warn(self) -> None:
+        one, other = Prompt("p", "x", "y", (1,)), Prompt("q", " x ", "y", (1,))
+        assert checks.overlap([one], [other]).level == "warn"
+        assert checks.overlap([one], [Prompt("r", "z", "y", (1,))]).level == "ok"
+
+    def test_memory_counts_weights_gradients_and_moments(self) -> None:
+        config = load_config(None, ["rollout.n=1", "train.prompts_per_step=1"])
+        shape = tiny_model("llama").config
+        one, _ = checks.estimated_memory(config, {"student": (10**9, shape)}, 1)
+        two, parts = checks.estimated_memory(config, {"student": (10**9, shape), "teacher": (10**9, shape)}, 1)
+        assert one == pytest.approx(16e9, rel=1e-3)
+        assert two - one == 4 * 10**9
+        assert "optimiser 8.0 GB" in parts
 
 
 class TestZoo:
