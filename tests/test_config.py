@@ -35,7 +35,7 @@ def test_defaults_are_valid_and_are_the_papers_formula_with_truncated_ignored() 
     assert build_method(objective.method, objective.model_dump()).aggregation == "prompt"
 
 
-# Student weight, teacher weight, scale, aggregation, temperatures, truncated: METHOD as published and as released.
+# Student weight, teacher weight, scale, aggregation, temperatures, truncated: as published and as released.
 PRESET_TABLE = {
     "paper": ("ppl", "inverse_ppl", "sum", "prompt", "matched", "incorrect"),
     "as_released": ("inverse_ppl", "inverse_ppl", "mean", "released", "released", "incorrect"),
@@ -163,13 +163,6 @@ def test_training_on_a_cut_or_penalised_distribution_is_refused_and_evaluation_i
     with pytest.raises(ConfigError, match=f"rollout.{name} = {value}; expected .*importance ratio; remove it"):
         validate_config({"rollout": {name: value}})
     assert getattr(validate_config({"eval": {name: value}}).eval, name) == value
-
-
-def test_grpo_needs_a_group() -> None:
-    with pytest.raises(ConfigError, match=r"rollout\.n = 1 with objective.method = 'grpo'; expected n >= 2"):
-        validate_config({"rollout": {"n": 1}, "objective": {"method": "grpo"}})
-    assert validate_config({"rollout": {"n": 2}, "objective": {"method": "grpo"}}).rollout.n == 2
-    assert validate_config({"rollout": {"n": 1}, "objective": {"method": "opd"}}).rollout.n == 1
 
 
 @pytest.mark.parametrize("name", method_names())

@@ -317,8 +317,7 @@ def test_unknown_method_is_refused_with_the_known_ones() -> None:
 
 
 def test_no_room_of_the_method_branches_on_a_methods_name() -> None:
-    # The demo and the report name the methods that they show; everything else learns nothing of which one runs. The one
-    # exception is the config's rule that a group-relative advantage needs a group.
+    # The demo and the report name the methods that they show; everything else learns nothing of which one runs.
     root = Path(methods.__file__).parent.parent
     found = set()
     for path in root.rglob("*.py"):
@@ -329,7 +328,7 @@ def test_no_room_of_the_method_branches_on_a_methods_name() -> None:
                 inside = ast.walk(node if isinstance(node, ast.Compare) else node.pattern)
                 names = {leaf.value for leaf in inside if isinstance(leaf, ast.Constant)} & set(method_names())
                 found |= {(path.name, name) for name in names}
-    assert found <= {("config.py", "grpo")}
+    assert not found
 
 
 @pytest.fixture
@@ -338,7 +337,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @dataclass(frozen=True)
-class Shortest:
+class Shortest(methods.MethodDefaults):
     """A user's method: reinforces the shortest correct rollout."""
 
     sampled_by: ClassVar[str] = "student"
@@ -378,7 +377,7 @@ def test_taken_names_and_classes_that_are_no_method_are_refused() -> None:
     register("scope")(methods.Scope)  # a module loaded again registers its own class again
     with pytest.raises(ValueError, match=r"expected a dataclass with .*needs_teacher"):
         register("bare")(dataclass(type("Bare", (), {"credit": lambda self, group: None})))
-    parts = ("credit", "needs_teacher", "sampled_by", "aggregation", "clip", "dual_clip")
+    parts = ("credit", "needs_teacher", "sampled_by", "aggregation", "clip", "dual_clip", "smallest_group")
     plain = type("Plain", (), {part: getattr(Shortest, part) for part in parts})
     with pytest.raises(ValueError, match="expected a dataclass"):
         register("plain")(plain)

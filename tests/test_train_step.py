@@ -1,4 +1,4 @@
-"""Laws of the update: its gradient is that of METHOD section 5 written out with full logits in float64."""
+"""Laws of the update: its gradient is that of docs/method.md written out with full logits in float64."""
 
 from __future__ import annotations
 

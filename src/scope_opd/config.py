@@ -230,7 +230,7 @@ class AlarmsConfig(Table):
     length_growth: AlarmAction = "warn"
     length_growth_ratio: Annotated[float, Field(gt=1)] = 2.0
     grad_norm: AlarmAction = "warn"
-    grad_norm_limit: PositiveFloat = 100.0
+    grad_norm_ratio: Annotated[float, Field(gt=1)] = 10.0
     uniform_weights: AlarmAction = "warn"
     uniform_ess: Share = 0.99
 
@@ -272,9 +272,6 @@ class Config(Table):
                     f"rollout.{name} = {value}; expected {neutral}: a cut or penalised distribution has no simple "
                     f"importance ratio; remove it from [rollout] (it is allowed in [eval])"
                 )
-        if self.objective.method == "grpo" and self.rollout.n == 1:
-            raise ValueError("rollout.n = 1 with objective.method = 'grpo'; expected n >= 2, since the advantage is "
-                             "relative to the group; raise rollout.n")  # fmt: skip
         return self
 
 

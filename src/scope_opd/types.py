@@ -76,7 +76,7 @@ class Rollout:
         teacher_logprobs: teacher log-prob of every response token, None where not asked for or not to be had.
         reinforce, distill: the method's two numbers, None until credited.
         masked: True when the rollout takes no part in the update (truncated and ignored, unscored, no verdict).
-        mask_reason: why: "truncated", "no_verdict", "unscored", "method"; None when not masked.
+        mask_reason: why: "truncated", "no_verdict", "unscored", "empty", "method"; None when not masked.
         loss_mask: one 0/1 for each response token; None means all ones.
         sampling: temperature, seed and whatever else describes the draw.
         teacher_topk: optional top-k rows of the teacher, one for each response token.

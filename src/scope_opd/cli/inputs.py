@@ -95,9 +95,16 @@ def build_configured_method(config: Config) -> Method:
     if objective.method not in method_names():
         raise ConfigError(f"objective.method = {objective.method!r}", nearest(objective.method, method_names()))
     try:
-        return build_method(objective.method, objective.model_dump(), **objective.method_settings)
+        method = build_method(objective.method, objective.model_dump(), **objective.method_settings)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"objective: {error}", remedy="change [objective]") from None
+    if config.rollout.n < method.smallest_group:
+        raise ConfigError(
+            f"rollout.n = {config.rollout.n} with objective.method = {objective.method!r}",
+            f"n >= {method.smallest_group}, since it compares the rollouts of a group",
+            "raise rollout.n",
+        )
+    return method
 
 
 def needs_teacher(config: Config, method: Method) -> bool:

@@ -91,6 +91,7 @@ class Method(Protocol):
     aggregation: ClassVar[Aggregation]
     clip: ClassVar[float | None]
     dual_clip: ClassVar[float | None]
+    smallest_group: ClassVar[int]
 
     def needs_teacher(self, correct: bool) -> bool:
         """Whether a rollout with this verdict must be scored by the teacher."""
@@ -103,6 +104,7 @@ class Method(Protocol):
 
 MethodClass = TypeVar("MethodClass", bound=type)
 _METHODS: dict[str, type] = {}
+_PARTS = ("credit", "needs_teacher", "sampled_by", "aggregation", "clip", "dual_clip", "smallest_group")
 
 
 def register(name: str) -> Callable[[MethodClass], MethodClass]:
@@ -117,8 +119,7 @@ def register(name: str) -> Callable[[MethodClass], MethodClass]:
         # A module that is loaded again may register its own class again; nobody else may take the name.
         if (holder.__module__, holder.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"method {name!r} is already registered by {holder.__module__}.{holder.__qualname__}")
-        missing = [part for part in ("credit", "needs_teacher", "sampled_by", "aggregation", "clip", "dual_clip")
-                   if not hasattr(cls, part)]  # fmt: skip
+        missing = [part for part in _PARTS if not hasattr(cls, part)]
         if missing or not dataclasses.is_dataclass(cls):
             raise ValueError(f"method {name!r}: expected a dataclass with {', '.join(missing) or 'fields'}")
         _METHODS[name] = cls
@@ -157,13 +158,20 @@ def build_method(name: str, settings: Mapping[str, Any] | None = None, /, **own:
     return method
 
 
-class _Published:
-    """Defaults that most methods share."""
+class MethodDefaults:
+    """Base with what most methods share; override what differs.
+
+    Attributes:
+        sampled_by: whose responses are trained on.
+        aggregation, clip, dual_clip: the surrogate that the method is published with; the config may override them.
+        smallest_group: rollouts a prompt below which the method says nothing (2 for a group-relative advantage).
+    """
 
     sampled_by: ClassVar[Literal["student", "teacher"]] = "student"
     aggregation: ClassVar[Aggregation] = "token"
     clip: ClassVar[float | None] = None
     dual_clip: ClassVar[float | None] = None
+    smallest_group: ClassVar[int] = 1
 
     def needs_teacher(self, correct: bool) -> bool:
         return False
@@ -176,7 +184,7 @@ def _blank(group: Group) -> tuple[Tensor, Tensor]:
 
 @register("scope")
 @dataclass(frozen=True)
-class Scope(_Published):
+class Scope(MethodDefaults):
     """SCOPE: correct rollouts are reinforced, incorrect ones distilled, each path weighted within its group.
 
     correct: (w_stu, 0), w_stu = softmax(+NLL_S / tau) over the group's correct rollouts          (Eq. 4)
@@ -209,7 +217,7 @@ class Scope(_Published):
 
 @register("dual_path")
 @dataclass(frozen=True)
-class DualPath(_Published):
+class DualPath(MethodDefaults):
     """SCOPE's routing with both weights uniform: what routing alone is worth."""
 
     aggregation: ClassVar[Aggregation] = "prompt"
@@ -224,7 +232,7 @@ class DualPath(_Published):
 
 @register("opd")
 @dataclass(frozen=True)
-class OnPolicyDistillation(_Published):
+class OnPolicyDistillation(MethodDefaults):
     """On-policy distillation on every rollout: (0, 1)."""
 
     def needs_teacher(self, correct: bool) -> bool:
@@ -252,11 +260,12 @@ def group_advantage(rewards: Tensor) -> Tensor:
 
 @register("grpo")
 @dataclass(frozen=True)
-class Grpo(_Published):
+class Grpo(MethodDefaults):
     """GRPO: (group-normalised reward, 0), token mean, clip 0.2, dual clip 3."""
 
     clip: ClassVar[float | None] = 0.2
     dual_clip: ClassVar[float | None] = 3.0
+    smallest_group: ClassVar[int] = 2
 
     def credit(self, group: Group) -> Credit:
         reinforce, distill = _blank(group)
@@ -266,7 +275,7 @@ class Grpo(_Published):
 
 @register("positive")
 @dataclass(frozen=True)
-class Positive(_Published):
+class Positive(MethodDefaults):
     """Positive-sample reinforcement: (1, 0) on correct rollouts, (0, 0) on the others."""
 
     def credit(self, group: Group) -> Credit:
@@ -277,7 +286,7 @@ class Positive(_Published):
 
 @register("kd")
 @dataclass(frozen=True)
-class KnowledgeDistillation(_Published):
+class KnowledgeDistillation(MethodDefaults):
     """Sequence-level distillation: (1, 0) on responses that the teacher sampled, whatever their verdict."""
 
     sampled_by: ClassVar[Literal["student", "teacher"]] = "teacher"
@@ -290,9 +299,10 @@ class KnowledgeDistillation(_Published):
 
 @register("reward_opd")
 @dataclass(frozen=True)
-class RewardOpd(_Published):
+class RewardOpd(MethodDefaults):
     """Reward and distillation mixed: (group-normalised reward, beta) on every scored rollout."""
 
+    smallest_group: ClassVar[int] = 2
     beta: float = 1.0
 
     def needs_teacher(self, correct: bool) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,8 +30,6 @@ class LocalTeacher:
         temperature: logits are divided by it: the sampling temperature for the convention ``matched``, else 1.
         max_tokens_per_batch: prompt + response tokens of one forward pass, padding included.
         log_prob_floor: log-probs below it (-inf too) are raised to it and counted.
-        excluded_token_ids: tokens on which no distillation is wanted. They get a log-prob like all others, but a
-            floored one is not counted; whoever credits the rollout leaves them out.
         chunk_tokens: tokens projected to the vocabulary at once; None as in ``models.head``.
 
     Attributes:
@@ -52,7 +50,6 @@ class LocalTeacher:
         temperature: float = 1.0,
         max_tokens_per_batch: int = 8192,
         log_prob_floor: float = -100.0,
-        excluded_token_ids: Collection[int] = (),
         chunk_tokens: int | None = None,
     ) -> None:
         for name, found, right, expected in (
@@ -66,7 +63,6 @@ class LocalTeacher:
         self.temperature = temperature
         self.max_tokens_per_batch = max_tokens_per_batch
         self.log_prob_floor = log_prob_floor
-        self.excluded_token_ids = frozenset(excluded_token_ids)
         self.chunk_tokens = chunk_tokens
         self.scored_tokens = 0
         self.scored_rollouts = 0
@@ -129,10 +125,7 @@ class LocalTeacher:
         scores = []
         for rollout, values in zip(rollouts, found.logprobs.cpu().split(lengths), strict=True):
             self._refuse_nan(rollout, values)
-            low = values < self.log_prob_floor
-            floored = sum(
-                rollout.token_ids[place] not in self.excluded_token_ids for place in low.nonzero()[:, 0].tolist()
-            )
+            floored = int((values < self.log_prob_floor).sum())
             scores.append(TeacherScore(values.clamp_min(self.log_prob_floor).tolist(), floored))
             self.scored_tokens += len(rollout.token_ids)
             self.scored_rollouts += 1

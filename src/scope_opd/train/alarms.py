@@ -114,10 +114,10 @@ class Alarms:
             if len(self._first_norms) < BASELINE_STEPS:
                 self._first_norms = [*self._first_norms, norm]
             start = median(self._first_norms)
-            large = norm > config.grad_norm_limit * start
+            large = norm > config.grad_norm_ratio * start
             yield (
                 "grad_norm",
-                f"gradient norm {norm:.3g} is more than {config.grad_norm_limit:g} times that of the first steps "
+                f"gradient norm {norm:.3g} is more than {config.grad_norm_ratio:g} times that of the first steps "
                 f"({start:.3g})" if large else None,
             )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""One step's update: the surrogate loss of METHOD section 5 over the micro-batches, then the optimiser.
+"""One step's update: the surrogate loss of docs/method.md over the micro-batches, then the optimiser.
 
     loss = sum_t - sg(c_t) rho_t A_t  (+ reference KL)        A_t = reinforce + distill (log pi_T - sg log pi_theta)
 
@@ -39,7 +39,7 @@ class TokenFigures:
         logprobs: log pi_theta at the objective's student temperature.
         entropy: nats, at that temperature.
         advantage: A_t with the method's own numbers; under ``full_kl`` reinforce - distill KL_t.
-        teacher_gap: log pi_T - log pi_theta where the teacher scored; 0 elsewhere.
+        teacher_gap: log pi_T - log pi_theta; means something only where the teacher scored.
         mismatch: log mu - log pi_old at the sampling temperature (0 for responses that the teacher sampled).
         capped: where c reached its cap.
     """
@@ -220,6 +220,7 @@ class Learner:
         gap = micro.teacher - logprobs.detach()
         distillation = gap
         if kl is not None:
+            # kl is 0 where nothing is distilled, so no 0 * inf can arise from a token that the teacher rules out.
             loss = loss + micro.distill * correction * kl
             distillation = -kl.detach()
         penalty = torch.zeros_like(loss)
@@ -255,33 +256,44 @@ class Learner:
             )
 
     def _scores_and_kl(self, micro: MicroBatch) -> tuple[TokenScores, Tensor]:
-        """As ``_scores``, and KL(student || teacher) over the common ids at every token, [T], with gradient."""
-        settings, extra = self.settings, self._extra_temperature()
-        assert self.teacher_logits is not None
-        with torch.no_grad():
-            teacher = self.teacher_logits(micro.input_ids, micro.attention_mask, micro.positions)
-        common = settings.common_vocabulary or min(teacher.shape[-1], self.view.vocabulary)
+        """As ``_scores``, and KL(student || teacher) over the common ids, [T], with gradient.
 
-        def reduce(logits: Tensor, wanted: Tensor, teacher_logits: Tensor) -> tuple[Tensor, ...]:
+        The KL is computed where the method distils and is 0 elsewhere; the teacher reads only the rows that need it.
+        """
+        settings, extra = self.settings, self._extra_temperature()
+
+        def score(logits: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
             own = tempered(logits, settings.student_temperature)
-            outputs = [
-                token_logprobs(own, wanted),
-                full_kl(own[:, :common], teacher_logits[:, :common].to(own.dtype)),
-            ]
+            outputs = [token_logprobs(own, wanted)]
             with torch.no_grad():
                 outputs.append(token_entropy(own))
                 if extra is not None:
                     outputs.append(token_logprobs(logits, wanted, extra))
             return tuple(outputs)
 
+        def divergence(logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor]:
+            own = tempered(logits, settings.student_temperature)
+            common = settings.common_vocabulary or min(teacher_logits.shape[-1], own.shape[-1])
+            return (full_kl(own[:, :common], teacher_logits[:, :common].to(own.dtype)),)
+
         with self._precision():
             hidden = self.view.response_hidden(micro.input_ids, None, micro.positions)
             wanted = micro.input_ids[micro.positions[:, 0], micro.positions[:, 1]]
-            results = map_logits(self.view, hidden, reduce, wanted, teacher)
-        scores = TokenScores(
-            logprobs=results[0], entropy=results[2], extra_logprobs=results[3] if extra is not None else None
-        )
-        return scores, results[1]
+            results = map_logits(self.view, hidden, score, wanted)
+            kl = torch.zeros_like(results[0])
+            places = (micro.distill != 0).nonzero().squeeze(-1)
+            if places.numel():
+                (found,) = map_logits(self.view, hidden[places], divergence, self._teacher_rows(micro, places))
+                kl = kl.index_put((places,), found)
+        return TokenScores(results[0], results[1], results[2] if extra is not None else None), kl
+
+    @torch.no_grad()
+    def _teacher_rows(self, micro: MicroBatch, places: Tensor) -> Tensor:
+        """The teacher's logits at the tokens ``places`` of a micro-batch, [len(places), V]."""
+        assert self.teacher_logits is not None
+        rows, row_of = micro.positions[places, 0].unique(return_inverse=True)
+        positions = torch.stack((row_of, micro.positions[places, 1]), dim=1)
+        return self.teacher_logits(micro.input_ids[rows], micro.attention_mask[rows], positions)
 
     def _extra_temperature(self) -> float | None:
         """A second temperature of the same hidden states, where c needs one."""
