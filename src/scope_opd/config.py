@@ -236,7 +236,10 @@ class AlarmsConfig(Table):
 
 
 class RunConfig(Table):
-    """The run folder and what is kept. ``checkpoint_every = 0``: only at the end, on a signal or on an alarm's stop."""
+    """The run folder and what is kept. ``checkpoint_every = 0``: only at the end, on a signal or on an alarm's stop.
+
+    ``rollouts_logged``: rollouts of each step in rollouts.jsonl, rounded to whole groups (at least one, if not 0).
+    """
 
     dir: str = "runs/run"
     seed: NonNegativeInt = 0

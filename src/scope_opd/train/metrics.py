@@ -158,19 +158,20 @@ def step_metrics(
 def rollout_rows(
     rollouts: Sequence[Rollout], outcome: Outcome, *, step: int, limit: int, tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """The rows for rollouts.jsonl: the first groups that fit into ``limit`` whole (of a larger first group, a part).
+    """The rows for rollouts.jsonl: as many whole groups as fit into ``limit``, and one at least where it is above 0.
 
-    Each is the whole record with ``step``, ``tokens`` (the text of every response token) and ``advantages`` (A_t of
-    every response token as the update saw it; 0 where the token was not in the loss).
+    Groups stay whole because weights are normalised in them: ``scope weights`` on the file gives the run's numbers.
+    Each row is the whole record with ``step``, ``prompt`` (its text), ``tokens`` (the text of every response token) and
+    ``advantages`` (A_t of every response token as the update saw it; 0 where the token was not in the loss).
     """
     chosen: list[int] = []
     members: dict[str, list[int]] = {}
     for index, rollout in enumerate(rollouts):
         members.setdefault(rollout.group, []).append(index)
     for indices in members.values():
-        if chosen and len(chosen) + len(indices) > limit:
+        if limit == 0 or (chosen and len(chosen) + len(indices) > limit):
             break
-        chosen += indices[:limit]
+        chosen += indices
     rows = []
     for index in chosen:
         rollout = rollouts[index]
@@ -180,6 +181,7 @@ def rollout_rows(
         rows.append({
             **rollout_to_dict(rollout),
             "step": step,
+            "prompt": tokenizer.decode(rollout.prompt_token_ids),
             "tokens": [tokenizer.decode([token]) for token in rollout.token_ids],
             "advantages": advantages.tolist(),
         })  # fmt: skip
