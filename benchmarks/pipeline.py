@@ -43,6 +43,7 @@ def one_side(method: str, warmup: int, steps: int, threads: int) -> dict:
             f"train.steps={warmup + steps}",
             "train.prompts_per_step=16",
             "train.lr=3e-4",
+            "train.max_tokens_per_microbatch=2048",
             f"train.threads={threads}",
             "run.checkpoint_every=0",
             "run.export=false",
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--side", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -91,7 +93,7 @@ def main() -> None:
 
     common = ["--steps", str(args.steps), "--warmup", str(args.warmup), "--threads", str(args.threads)]
     here = Path(__file__).resolve()
-    sides = {name: [sys.executable, str(here), "--side", name, *common] for name in METHODS}
+    sides = {name: [sys.executable, str(here), "--side", name, *common] for name in args.methods}
     if args.trl_python:
         trl = here.with_name("trl_grpo_step.py")
         sides["trl_grpo"] = [args.trl_python, str(trl), "--model", str(model_path("student")), *common]
@@ -112,10 +114,11 @@ def main() -> None:
                 stage: round(statistics.median(run["stages_s"][stage] for run in runs), 4) for stage in STAGES
             }
         summary[name] = entry
-    if "trl_grpo" in step:
+    if "trl_grpo" in step and "grpo" in step:
         summary["ratio_step_grpo_to_trl"] = round(step["grpo"] / step["trl_grpo"], 3)
         summary["ratio_memory_grpo_to_trl"] = round(memory["grpo"] / memory["trl_grpo"], 3)
-    summary["ratio_step_scope_to_grpo"] = round(step["scope"] / step["grpo"], 3)
+    if "scope" in step and "grpo" in step:
+        summary["ratio_step_scope_to_grpo"] = round(step["scope"] / step["grpo"], 3)
     print(json.dumps(summary))
 
 
