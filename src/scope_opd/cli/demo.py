@@ -33,7 +33,7 @@ EXAMPLES = """Examples:
   scope demo
   scope demo --out /tmp/demo --seeds 3
   scope demo --quick
-  scope demo --set objective.distill=full_kl --out runs/exact
+  scope demo --method scope --method opd --set objective.distill=full_kl --out runs/exact
 """
 
 
@@ -43,6 +43,7 @@ def demo(
     seeds: int = 2,
     steps: int | None = None,
     quick: Annotated[bool, Parameter(negative="")] = False,
+    methods: Annotated[list[str] | None, Parameter(name="--method", negative="")] = None,
     overrides: Annotated[list[str] | None, Parameter(name="--set", negative="")] = None,
 ) -> int:
     """Train SCOPE and its rivals on the embedded task and write a report (about 5 minutes on 2 cores).
@@ -62,10 +63,13 @@ def demo(
         Optimiser steps of each training, in place of the config's 50.
     quick
         A few steps and problems: shows that it runs, says nothing about the methods.
+    methods
+        In place of the four; may be repeated.
     overrides
         TABLE.KEY=VALUE for all methods alike; may be repeated.
     """
     from scope_opd.cli.demo_jobs import build_jobs, demo_config, print_table, summarise_demo
+    from scope_opd.cli.inputs import build_configured_method
     from scope_opd.errors import ConfigError
 
     if seeds < 1:
@@ -81,7 +85,10 @@ def demo(
     if steps is not None:
         given.append(f"train.steps={steps}")
     base = demo_config(given)
-    jobs = build_jobs(base, out, METHODS, seeds)
+    chosen = tuple(dict.fromkeys(methods or METHODS))
+    for name in chosen:
+        build_configured_method(demo_config([*given, f"objective.method={name}"]))  # a typo costs no training
+    jobs = build_jobs(base, out, chosen, seeds)
     prepare_folder(out)
     begin = time.perf_counter()
     workers = max(1, min(2, _cores(), len(jobs)))

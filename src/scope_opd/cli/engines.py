@@ -76,12 +76,6 @@ def build_engines(config: Config) -> Built:
     device = resolve_device(config.train.device)
     method = build_configured_method(config)
     with_teacher = needs_teacher(config, method)
-    if config.objective.distill == "full_kl" and not (method.needs_teacher(True) or method.needs_teacher(False)):
-        raise ConfigError(
-            f"objective.distill = 'full_kl' with objective.method = {config.objective.method!r}",
-            "a method that distils",
-            "use 'sampled', or scope, dual_path, opd or reward_opd",
-        )
     held_out = eval_source(config)
     rows = load_rows(config, config.data.train, "train")
     eval_rows = load_rows(config, held_out, "heldout")[: config.eval.problems] if held_out else []

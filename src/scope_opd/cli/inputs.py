@@ -80,7 +80,7 @@ def build_configured_method(config: Config) -> Method:
     """The method with its settings, after importing ``objective.plugins``.
 
     Raises:
-        ConfigError: a plug-in that cannot be imported, an unknown method, or settings that it refuses.
+        ConfigError: a plug-in that cannot be imported, an unknown method, settings that it refuses, or that refuse it.
     """
     objective = config.objective
     for plugin in objective.plugins:
@@ -103,6 +103,12 @@ def build_configured_method(config: Config) -> Method:
             f"rollout.n = {config.rollout.n} with objective.method = {objective.method!r}",
             f"n >= {method.smallest_group}, since it compares the rollouts of a group",
             "raise rollout.n",
+        )
+    if objective.distill == "full_kl" and not (method.needs_teacher(True) or method.needs_teacher(False)):
+        raise ConfigError(
+            f"objective.distill = 'full_kl' with objective.method = {objective.method!r}",
+            "a method that distils",
+            "use 'sampled', or scope, dual_path, opd or reward_opd",
         )
     return method
 
