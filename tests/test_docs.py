@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -42,8 +44,9 @@ def test_the_method_of_the_extension_guide_works_as_it_stands(monkeypatch: pytes
 
     monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
     own, alone = blocks(ROOT / "docs" / "extending.md", "python")
-    scope: dict[str, object] = {"__name__": "my_methods"}
-    exec(compile(own, "extending.md", "exec"), scope)
+    plugin = ModuleType("my_methods")
+    monkeypatch.setitem(sys.modules, "my_methods", plugin)  # dataclasses look their module up
+    exec(compile(own, "extending.md", "exec"), plugin.__dict__)
     assert "hardest_wrong" in methods.method_names()
     values: dict[str, object] = {"__name__": "alone"}
     exec(compile(alone, "extending.md", "exec"), values)

@@ -84,6 +84,10 @@ CASES: dict[str, Case] = {
     "argument too many": Case("weights a b", ("unexpected argument b", "expected none", "--help")),
     "not a number": Case("weights a --tau much", ("much", "float", "--help")),
     "not a choice": Case("weights a --scale median", ("median", "sum", "--help")),
+    "demo of an unknown method": Case("demo --method scop --out {tmp}/demo", ("'scop'", "one of", "mean scope?")),
+    "demo of a setting that a method refuses": Case(
+        "demo --set objective.distill=full_kl --out {tmp}/demo", ("full_kl", "'grpo'", "a method that distils", "use")
+    ),
     # config
     "no such config": Case("train {tmp}/none.toml", ("none.toml", "a TOML config", "check the path")),
     "config is a folder": Case("train {tmp}", ("is a folder", "a TOML config", "name the file")),
