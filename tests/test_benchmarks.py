@@ -1,0 +1,77 @@
+"""The benchmarks run: the GPU script scaled down to a CPU leaves its one line, the others know their options.
+
+Not covered: what they measure (benchmarks/results.md), a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+TINY = {
+    "zoo-steps": 2, "eval-problems": 4, "eval-n": 2, "steps": 2, "prompts": 3, "n": 2, "max-tokens": 12,
+    "microbatch-tokens": 128, "sampler-tokens": 4, "repeats": 1, "vocabulary": 512,
+}  # fmt: skip
+
+
+def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *options],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+
+
+def refuse(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+@pytest.mark.parametrize("script", ["pipeline.py", "sampler.py", "trl_grpo_step.py"])
+def test_a_benchmark_names_its_options(script: str) -> None:
+    done = run(script, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+
+
+def test_the_gpu_script_scaled_down_prints_one_line_with_every_figure() -> None:
+    done = run("gpu.py", "--tiny", "--cpu", *(word for key, value in TINY.items() for word in (f"--{key}", str(value))))
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    report = json.loads(line, parse_constant=refuse)
+    assert report["device"]["type"] == "cpu"
+    assert set(report["versions"]) == {"scope_opd", "python", "torch", "cuda", "transformers"}
+    for name, steps in (("zoo", 2), ("zoo_cpu", 2), ("pair", 2)):
+        part = report[name]
+        assert part["steps"] == steps
+        assert set(part["stages_s"]) == {"generation", "verify", "teacher", "update", "step"}
+        assert all(figure > 0 for figure in part["tokens_per_s"].values())
+        assert part["microbatches"] > 0
+    for moment in ("before", "after"):
+        assert set(report["zoo"][moment]) == {"T=0.6", "T=1"}
+        low, high = report["zoo"][moment]["T=0.6"]["ci95"]
+        assert low <= report["zoo"][moment]["T=0.6"]["avg@2"] <= high
+    assert len(report["zoo"]["evaluations_s"]) == 2
+    assert report["agreement"] == {
+        "rollouts": 16, "same_tokens": 16, "largest_logprob_difference": 0.0, "mean_logprob_difference": 0.0,
+    }  # fmt: skip
+    assert set(report["sampler"]["ratio"]) == {"autocast", "bfloat16"}
+
+
+def test_a_part_that_fails_leaves_the_others_and_exit_code_one() -> None:
+    options = {**TINY, "microbatch-tokens": 0}
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    done = run("gpu.py", "--tiny", "--parts", "pair", "sampler", *words)
+    assert done.returncode == 1
+    report = json.loads(done.stdout)
+    assert "expected greater than 0" in report["pair"]["error"]
+    assert report["sampler"]["rows"] == TINY["prompts"] * TINY["n"]
