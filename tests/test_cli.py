@@ -10,6 +10,8 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scope_opd.cli import checks
+from scope_opd.cli.demo import _watch, prepare_folder
+from scope_opd.cli.demo_jobs import Job, demo_config, run_job
 from scope_opd.cli.main import COMMANDS, main
 from scope_opd.config import load_config
-from scope_opd.errors import ModelError
+from scope_opd.errors import ModelError, RunFailed, RunFolderError
 from scope_opd.types import Prompt
 from tiny import save_pair, tiny_model, tiny_tokenizer
 
@@ -436,6 +440,102 @@ class TestZoo:
         AutoModelForCausalLM.from_pretrained(tmp_path / "zoo" / "student")
         assert len((tmp_path / "zoo" / "train.jsonl").read_text().splitlines()) == 2048
         assert main(["zoo", "copy", str(tmp_path / "zoo")]) == 2
+
+
+class TestDemoFolder:
+    NAMES = ("scope-0", "logs", "report.html", "summary.json")
+
+    def former(self, out: Path) -> Path:
+        """What a demo leaves."""
+        prepare_folder(out, self.NAMES)
+        for name in ("scope-0", "logs"):
+            (out / name).mkdir()
+            (out / name / "metrics.jsonl").write_text("{}")
+        for name in ("report.html", "summary.json"):
+            (out / name).write_text("{}")
+        return out
+
+    def test_a_former_demo_is_replaced(self, tmp_path: Path) -> None:
+        out = self.former(tmp_path / "demo")
+        prepare_folder(out, ("opd-0",))
+        assert [entry.name for entry in out.iterdir()] == [".demo"]
+        assert (out / ".demo").read_text() == "opd-0\n"
+
+    @pytest.mark.parametrize("name", ["thesis.txt", "my-run/run.json", "scope-7/run.json"])
+    def test_what_no_demo_made_survives_with_all_beside_it(self, name: str, tmp_path: Path) -> None:
+        out = self.former(tmp_path / "demo")
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+        before = sorted(out.rglob("*"))
+        with pytest.raises(RunFolderError, match=f"no demo made {name.split('/')[0]}; expected .*; choose another"):
+            prepare_folder(out, self.NAMES)
+        assert sorted(out.rglob("*")) == before
+        assert (out / name).read_text() == "mine"
+
+    @pytest.mark.parametrize("marker", [None, "", "../thesis.txt\n", "/etc\n.\n..\n"])
+    def test_a_summary_of_somebodys_own_makes_no_demo(self, marker: str | None, tmp_path: Path) -> None:
+        out = tmp_path / "work"
+        out.mkdir()
+        for name in ("summary.json", "thesis.txt"):
+            (out / name).write_text("mine")
+            (tmp_path / name).write_text("mine")
+        if marker is not None:
+            (out / ".demo").write_text(marker)
+        assert main(["demo", "--quick", "--out", str(out)]) == 2
+        assert {entry.name for entry in out.iterdir()} - {".demo"} == {"summary.json", "thesis.txt"}
+        assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+    def test_a_link_is_removed_and_not_what_it_points_to(self, tmp_path: Path) -> None:
+        out = self.former(tmp_path / "demo")
+        (tmp_path / "real").mkdir()
+        (tmp_path / "real" / "thesis.txt").write_text("mine")
+        (out / "logs" / "metrics.jsonl").unlink()
+        (out / "logs").rmdir()
+        (out / "logs").symlink_to(tmp_path / "real")
+        prepare_folder(out, self.NAMES)
+        assert (tmp_path / "real" / "thesis.txt").read_text() == "mine"
+
+
+class TestDemoJobs:
+    @staticmethod
+    def jobs(tmp_path: Path, *names: str) -> list[Job]:
+        values = demo_config([]).model_dump(mode="json")
+        return [Job("training", name, tmp_path / name, values) for name in names]
+
+    @pytest.mark.parametrize(
+        ("outcome", "line"),
+        [
+            ("no teacher; expected one; set it", "no teacher; expected one; set it"),
+            (BrokenProcessPool("gone"), "its worker process died"),
+            (ValueError("odd"), "ValueError: odd"),
+        ],
+    )
+    def test_a_failure_is_told_at_once_and_once(
+        self, outcome: Any, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        jobs = self.jobs(tmp_path, "good", "bad", "waiting")
+        futures: list[Future[str | None]] = [Future() for _ in jobs]
+        futures[0].set_result(None)
+        if isinstance(outcome, Exception):
+            futures[1].set_exception(outcome)
+        else:
+            futures[1].set_result(outcome)
+        with pytest.raises(RunFailed) as caught:
+            _watch(jobs, futures)
+        assert str(caught.value).startswith(f"bad: {line}")
+        assert str(caught.value).endswith(f"see {jobs[1].log}")
+        assert str(caught.value).count("expected") <= 1
+        printed = capsys.readouterr().out
+        assert "good done (1/3)" in printed
+        assert "bad failed" in printed
+        assert "bad done" not in printed
+
+    def test_an_unexpected_error_is_one_line_and_its_trace_is_in_the_log(self, tmp_path: Path) -> None:
+        job = Job("training", "odd", tmp_path / "odd", {"train": 3})
+        line = run_job(job)
+        assert line is not None
+        assert "\n" not in line
+        assert "Traceback" in job.log.read_text()
 
 
 @pytest.mark.slow

@@ -14,9 +14,10 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from scope_opd.cli.demo_jobs import Job
 
 METHODS = ("scope", "dual_path", "opd", "grpo")
-MARKER = "summary.json"
+MARKER = ".demo"
+"""Names what a demo makes in its folder, one a line: that and nothing else may a later demo remove."""
+SUMMARY, REPORT = "summary.json", "report.html"
 QUICK = {"steps": 5, "problems": 20, "samples": 8}
 
 EXAMPLES = """Examples:
@@ -56,7 +59,8 @@ def demo(
     Parameters
     ----------
     out
-        Where everything goes. A former demo there is replaced, anything else is left alone.
+        Where everything goes. What a former demo made there is replaced; a folder
+        with anything else in it is refused.
     seeds
         Trainings of each method: seeds 0, 1 ...
     steps
@@ -88,8 +92,9 @@ def demo(
     chosen = tuple(dict.fromkeys(methods or METHODS))
     for name in chosen:
         build_configured_method(demo_config([*given, f"objective.method={name}"]))  # a typo costs no training
+    out = out.expanduser()
     jobs = build_jobs(base, out, chosen, seeds)
-    prepare_folder(out)
+    prepare_folder(out, [*(job.folder.name for job in jobs), "logs", REPORT, SUMMARY])
     begin = time.perf_counter()
     workers = max(1, min(2, _cores(), len(jobs)))
     print(f"{len(jobs)} jobs on {workers} process{'es' * (workers > 1)}, into {out}", flush=True)
@@ -98,32 +103,48 @@ def demo(
 
     from scope_opd.report import build_report
 
-    report = out / "report.html"
+    report = out / REPORT
     build_report([job.folder for job in jobs], report)
     summary = summarise_demo(base, jobs, seconds=seconds, workers=workers)
-    (out / MARKER).write_text(json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    (out / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
     print_table(summary)
-    print(f"summary: {out / MARKER}\nreport:  {report.absolute()}")
+    print(f"summary: {out / SUMMARY}\nreport:  {report.absolute()}")
     return 0
 
 
-def prepare_folder(out: Path) -> None:
-    """An empty folder at ``out``; only what a demo left there may be removed.
+def prepare_folder(out: Path, names: Sequence[str]) -> None:
+    """A folder at ``out`` with nothing in it but the list of what this demo will make there.
+
+    What a former demo's list names is removed. Where anything else is found, nothing is.
+
+    Args:
+        out: the folder.
+        names: what this demo will make in it.
 
     Raises:
-        RunFolderError: a file, something else's folder, or no right to write.
+        RunFolderError: a file, files that no demo made, or no right to write.
     """
     try:
         if out.is_file():
             raise RunFolderError(f"{out} is a file", "a folder", "choose another --out")
-        if out.is_dir() and any(out.iterdir()):
-            if not ((out / MARKER).is_file() or (out / ".demo").is_file()):
-                raise RunFolderError(
-                    f"{out} is not empty and no demo's", "a new or empty folder", "choose another --out"
-                )
-            shutil.rmtree(out)
+        present = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
+        former = set((out / MARKER).read_text(encoding="utf-8").splitlines()) if MARKER in present else set()
+        others = sorted(present - former - {MARKER})
+        if others:
+            raise RunFolderError(
+                f"{out} is not empty: no demo made {others[0]}", "a new or empty folder, or a former demo's alone",
+                "choose another --out",
+            )  # fmt: skip
+        for name in sorted(present & former - {MARKER}):
+            entry = out / name
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
         out.mkdir(parents=True, exist_ok=True)
-        (out / ".demo").touch()
+        (out / MARKER).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RunFolderError(f"{out / MARKER} is no demo's list", "UTF-8 text", "choose another --out") from None
     except OSError as error:
         raise RunFolderError(
             f"{out}: {error.strerror}", "a folder that can be written", "choose another --out"
@@ -134,7 +155,7 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> None:
     """Run all jobs, longest first as listed, showing how far each is.
 
     Raises:
-        ScopeError: of the first job that failed; the others are ended.
+        RunFailed: of the first job that failed; the others are ended.
     """
     import multiprocessing
 
@@ -144,23 +165,24 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> None:
     with _environment(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", MKL_NUM_THREADS="1"):
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=begin_worker)
         try:
-            futures = [pool.submit(run_job, job) for job in jobs]
-            _watch(jobs, futures)
-            for job, future in zip(jobs, futures, strict=True):
-                failure = future.result()
-                if failure is not None:
-                    raise RunFailed(f"{job.name}: {failure}", "a run to its end", f"see {job.log}")
-        except BaseException:
+            _watch(jobs, [pool.submit(run_job, job) for job in jobs])
+        except BaseException as error:
             processes = list((pool._processes or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)
             for process in processes:
                 process.terminate()
+            if isinstance(error, BrokenProcessPool):  # of submit: no job has begun
+                raise RunFailed("a worker process died at its start", "workers that live", "try scope doctor") from None
             raise
         pool.shutdown()
 
 
 def _watch(jobs: Sequence[Job], futures: Sequence[Future[str | None]]) -> None:
-    """Show progress until all are done or one has failed: bars on a terminal, else a line when a job ends."""
+    """Show progress until all are done or one has failed: bars on a terminal, else a line when a job ends.
+
+    Raises:
+        RunFailed: as soon as a job has failed, with that job's own line.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -175,26 +197,46 @@ def _watch(jobs: Sequence[Job], futures: Sequence[Future[str | None]]) -> None:
     with bars:
         tasks = {job.name: bars.add_task(job.name, total=1.0, state="waits", start=False) for job in jobs}
         while True:
-            for job, future in zip(jobs, futures, strict=True):
+            # Looked at once a round, and the finished first: a job that fails meanwhile is met in the next round.
+            ended = [future.done() for future in futures]
+            failures = {
+                job.name: line
+                for job, future, over in zip(jobs, futures, ended, strict=True)
+                if over and (line := _failure(future)) is not None
+            }
+            for job, future, over in zip(jobs, futures, ended, strict=True):
                 share, state = job.progress()
-                if future.done():
-                    share, state = 1.0, "done"
+                if over:
+                    share, state = (share, "failed") if job.name in failures else (1.0, "done")
                 elif future.running() and state == "waits":
                     state = "starts"
                 if state != "waits" and not bars.tasks[tasks[job.name]].started:
                     bars.start_task(tasks[job.name])
                 bars.update(tasks[job.name], completed=share, state=state)
-                if future.done() and job.name not in said:
+                if over and job.name not in said and state == "done":
                     said.add(job.name)
                     bars.stop_task(tasks[job.name])
                     if not live:
                         took = time.perf_counter() - begin
                         print(f"[{took:5.0f} s] {job.name} done ({len(said)}/{len(jobs)})", flush=True)
-            if all(future.done() for future in futures):
-                return
-            if any(future.done() and (future.exception() or future.result()) for future in futures):
+            for job in jobs:
+                if job.name in failures:
+                    if not live:
+                        print(f"[{time.perf_counter() - begin:5.0f} s] {job.name} failed", flush=True)
+                    raise RunFailed(f"{job.name}: {failures[job.name]}", remedy=f"see {job.log}")
+            if all(ended):
                 return
             time.sleep(0.25)
+
+
+def _failure(future: Future[str | None]) -> str | None:
+    """Why a finished job failed, None if it did not."""
+    error = future.exception()
+    if error is None:
+        return future.result()
+    if isinstance(error, BrokenProcessPool):
+        return "its worker process died (killed, or short of memory)"
+    return f"{type(error).__name__}: {error}"
 
 
 @contextmanager
@@ -214,12 +256,3 @@ def _environment(**values: str) -> Iterator[None]:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The finished lines of a JSONL file that somebody else may be writing."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError:
-        return []
-    return [json.loads(line) for line in text.split("\n")[:-1] if line]

@@ -8,6 +8,7 @@ import os
 import platform
 import signal
 import threading
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -118,6 +119,9 @@ def run_job(job: Job) -> str | None:
         except ScopeError as error:
             print(f"error: {error}")
             return str(error)
+        except Exception as error:
+            traceback.print_exc()
+            return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None
 
 
@@ -175,6 +179,7 @@ def summarise_demo(base: Config, jobs: Sequence[Job], *, seconds: float, workers
                 "problems": len(found.ids or ()),
                 "avg@k": shown(found.estimate(1)),
                 "pass@k": {str(k): shown(found.estimate(k)) for k in ks},
+                "pass@k_with_replacement": {str(k): found.with_replacement(k) for k in ks},
                 "truncated": _mean([row.get("truncated") for row in found.stored]),
                 "distinct_solutions": _mean([row.get("distinct_solutions") for row in found.stored]),
                 "mean_length": _mean([row.get("mean_length") for row in found.stored]),

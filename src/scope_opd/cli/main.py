@@ -13,7 +13,6 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from cyclopts import (
     App,
@@ -125,8 +124,3 @@ def usage_line(error: CycloptsError) -> str:
 def _fail(line: str, code: int) -> int:
     print(f"error: {' '.join(line.split())}", file=sys.stderr)
     return code
-
-
-def run() -> NoReturn:
-    """Entry for processes: run and exit."""
-    sys.exit(main())
