@@ -50,6 +50,7 @@ from scope_opd import __version__  # noqa: E402
 from scope_opd.cli.engines import build_engines  # noqa: E402
 from scope_opd.cli.inputs import load_rows, render, student_tokenizer  # noqa: E402
 from scope_opd.config import Config, load_config, validate_config  # noqa: E402
+from scope_opd.errors import ScopeError  # noqa: E402
 from scope_opd.models.loading import load_model, load_tokenizer, resolve_device  # noqa: E402
 from scope_opd.rollout.local import LocalSampler  # noqa: E402
 from scope_opd.train.batch import make_batch  # noqa: E402
@@ -71,7 +72,7 @@ SHAPES = {
 FULL = {
     "device": "cuda", "student": "0.6b", "teacher": "0.6b", "vocabulary": 151_936, "zoo_steps": 50,
     "eval_problems": 200, "eval_n": 32, "steps": 3, "prompts": 8, "n": 8, "max_tokens": 512,
-    "microbatch_tokens": 16_384, "sampler_tokens": 256, "repeats": 3,
+    "microbatch_tokens": 16_384, "sampler_tokens": 192, "repeats": 3,
 }  # fmt: skip
 TINY = {
     "device": "cpu", "student": "tiny", "teacher": "tiny", "vocabulary": 4096, "zoo_steps": 4,
@@ -153,13 +154,15 @@ def training_run(config: Config, verifier: Verifier | None = None) -> tuple[Figu
         return round(sum(map(key, timed)) / seconds, 1) if seconds else None
 
     rollouts = config.train.prompts_per_step * config.rollout.n
+    seconds, steps_s = time.perf_counter() - began, sum(row["time/step_s"] for row in rows)
     return (
         {
             "parameters": sum(parameter.numel() for parameter in engines.model.parameters()),
             "steps": len(rows),
             "rollouts_per_step": rollouts,
-            "seconds": round(time.perf_counter() - began, 2),
+            "seconds": round(seconds, 2),
             "load_s": round(loaded, 2),
+            "save_and_rest_s": round(seconds - loaded - steps_s - sum(evaluations), 2),
             "evaluations_s": evaluations,
             "stages_s": {name: round(statistics.median(row[f"time/{name}_s"] for row in timed), 4) for name in STAGES},
             "first_step_s": round(rows[0]["time/step_s"], 3),
@@ -354,7 +357,11 @@ def main() -> int:
     for name, value in (TINY if sizes.tiny else FULL).items():
         if getattr(sizes, name) is None:
             setattr(sizes, name, value)
-    began, device = time.perf_counter(), resolve_device(sizes.device)
+    began = time.perf_counter()
+    try:
+        device = resolve_device(sizes.device)
+    except ScopeError as error:
+        parser.error(f"{error}; --tiny runs on a CPU")
     report: Figures = {"benchmark": "gpu", "device": describe(device), "versions": versions(), "settings": vars(sizes)}
 
     def part(name: str, job: Callable[[], Figures]) -> None:
