@@ -179,8 +179,13 @@ def test_unusable_values_are_refused(values: object) -> None:
 def test_summary_has_the_shape_of_eval_jsonl() -> None:
     counts = [0, 1, 3, 8, 8, 2]
     row = summarise(counts, 8)
-    assert set(row) == {"n", "problems", "avg@k", "pass@k", "ci95", "correct_counts"}
+    assert set(row) == {"n", "problems", "avg@k", "pass@k", "pass@k_with_replacement", "ci95", "correct_counts"}
     assert list(row["pass@k"]) == ["1", "2", "4", "8"]
+    biased = row["pass@k_with_replacement"]
+    assert list(biased) == list(row["pass@k"])
+    assert biased["1"] == pytest.approx(row["avg@k"])
+    assert biased["8"] == pytest.approx(np.mean([1 - (1 - c / 8) ** 8 for c in counts]))
+    assert biased["8"] < row["pass@k"]["8"]
     assert set(row["ci95"]) == {"avg@k", "pass@1", "pass@2", "pass@4", "pass@8"}
     assert row["avg@k"] == pytest.approx(row["pass@k"]["1"])
     assert row["ci95"]["avg@k"] == pytest.approx(row["ci95"]["pass@1"])

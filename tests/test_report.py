@@ -102,6 +102,26 @@ def test_table_shows_every_line_and_k_that_the_samples_allow(page: Page, demo: P
     assert page.text.count("resolved") >= 3 * 2 * 3  # three rivals, two temperatures, three columns
 
 
+def test_with_replacement_pass_at_k_is_folded_away_and_labelled(demo: Path, page: Page, tmp_path: Path) -> None:
+    folded = re.findall(r"<details><summary>Pass@k with replacement.*?</details>", page.raw, re.S)
+    assert len(folded) == 1
+    counts = np.array(fake_run.read_jsonl(demo / "teacher" / "eval.jsonl")[1]["correct_counts"])
+    value = 100 * (1 - (1 - counts / 8) ** 4).mean()
+    unbiased = 100 * pass_at_k(counts, 8, 4).mean()
+    assert f">{value:.1f}<small>unbiased {unbiased:.1f}</small>" in folded[0]
+    assert "biased downwards" in folded[0]
+    old = fake_run.write_run(tmp_path / "old", "scope", 0, **SMALL)
+    rows = fake_run.read_jsonl(old / "eval.jsonl")
+    for row in rows:
+        del row["pass@k_with_replacement"]
+    fake_run.write_jsonl(old / "eval.jsonl", rows)
+    assert "with replacement" in report(tmp_path, old).text  # from the counts
+    for row in rows:
+        del row["correct_counts"]
+    fake_run.write_jsonl(old / "eval.jsonl", rows)
+    assert '<td class="num">–<small>unbiased' in report(tmp_path, old).raw
+
+
 def test_methods_with_equal_figures_are_not_resolved(tmp_path: Path) -> None:
     runs = [fake_run.write_run(tmp_path / name, name, 0, **SMALL) for name in ("scope", "opd")]
     shutil.copy(runs[0] / "eval.jsonl", runs[1] / "eval.jsonl")
@@ -132,6 +152,29 @@ def test_seeds_share_a_group_and_settings_split_one(tmp_path: Path) -> None:
     ]
     assert len({group.slot for group in groups}) == 2
     assert notes == []
+
+
+DOLLARS = ("Put it in $\\boxed{}$.", "$5 and $6", "two\nlines of $x^{$ and more than a label should hold of it")
+
+
+def test_settings_with_dollar_signs_are_text_not_mathtext(tmp_path: Path) -> None:
+    runs = [fake_run.write_run(tmp_path / f"r{i}", "scope", 0, **SMALL) for i in range(len(DOLLARS))]
+    for run, suffix in zip(runs, DOLLARS, strict=True):
+        with (run / "config.toml").open("a", encoding="utf-8") as config:
+            config.write(f"[chat]\nsuffix = {json.dumps(suffix)}\n")
+    page = report(tmp_path, *runs)
+    bars = page.raw[page.raw.index('<section id="time">') :]
+    for shown in ("(suffix = Put it in $\\boxed{}$.)", "(suffix = $5 and $6)", "(suffix = two lines of $x^{$ and more"):
+        assert f">SCOPE {shown}" in bars[: bars.index("</svg>", bars.index("<figure"))]
+
+
+def test_settings_alike_in_what_is_shown_still_have_their_own_label(tmp_path: Path) -> None:
+    runs = [fake_run.write_run(tmp_path / name, "scope", 0, **SMALL) for name in ("a", "b")]
+    for run in runs:
+        with (run / "config.toml").open("a", encoding="utf-8") as config:
+            config.write(f'[chat]\nsuffix = "{"long " * 20}{run.name}"\n')
+    first, second = (group.label for group in group_runs([load_run(run) for run in runs])[0])
+    assert first != second
 
 
 def test_unequal_conditions_are_said(tmp_path: Path) -> None:

@@ -318,8 +318,9 @@ def summarise(
         seed, resamples: of the bootstrap.
 
     Returns:
-        ``{"n", "problems", "avg@k", "pass@k": {"1": ..}, "ci95": {"avg@k": [lo, hi], "pass@1": [lo, hi], ..},
-        "correct_counts"}``; shares in [0, 1]. All intervals use the same resampled problems.
+        ``{"n", "problems", "avg@k", "pass@k": {"1": ..}, "pass@k_with_replacement": {"1": ..}, "ci95": {"avg@k": [lo,
+        hi], "pass@1": [lo, hi], ..}, "correct_counts"}``; shares in [0, 1]. All intervals use the same resampled
+        problems. "pass@k" is unbiased; "pass@k_with_replacement" is only for comparison with figures published so.
     """
     counts = _counts(correct_counts, n)
     ks = powers_of_two(n) if ks is None else list(ks)
@@ -337,6 +338,7 @@ def summarise(
         "problems": int(counts.size),
         "avg@k": float(table[0].mean()),
         "pass@k": {str(k): float(named[f"pass@{k}"].mean()) for k in ks},
+        "pass@k_with_replacement": {str(k): float(pass_at_k_with_replacement(counts, n, k).mean()) for k in ks},
         "ci95": intervals,
         "correct_counts": [int(c) for c in counts],
     }

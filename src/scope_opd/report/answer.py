@@ -142,6 +142,36 @@ def result_table(results: Results, temperature: float) -> str:
     return table("results", first_columns + head, body, caption=f"T = {temperature:g}", columns=columns)
 
 
+def with_replacement_tables(results: Results) -> str:
+    """The biased Pass@k beside the unbiased one, folded away: it serves comparison with published figures only."""
+    tables = []
+    for temperature in results.temperatures:
+        ks = [k for k in results.ks(temperature) if k > 1]
+        body = []
+        for line in results.lines:
+            evaluated = line.by_temperature.get(temperature)
+            if evaluated is None:
+                continue
+            cells = ""
+            for k in ks:
+                biased, unbiased = evaluated.with_replacement(k), evaluated.estimate(k)
+                beside = f"<small>unbiased {unbiased.value:.1f}</small>" if unbiased else ""
+                cells += f'<td class="num">{"–" if biased is None else f"{biased:.1f}"}{beside}</td>'
+            who = f'{swatch(line.group, line.role)}<span class="who">{escape(line.label)}</span>'
+            body.append(f'<tr><th scope="row">{who}</th>{cells}</tr>')
+        if ks and body:
+            head = "<th></th>" + "".join(f'<th scope="col" class="num">Pass@{k}, with replacement</th>' for k in ks)
+            tables.append(table("plain", head, body, caption=f"T = {temperature:g}"))
+    if not tables:
+        return ""
+    return (
+        "<details><summary>Pass@k with replacement <small>for comparison with published figures only</small></summary>"
+        '<p class="how">The authors’ release draws k of the n samples with replacement, 1 − (1 − c/n)<sup>k</sup>, '
+        "which is biased downwards; use it only to compare with figures published that way.</p>"
+        f"{''.join(tables)}</details>"
+    )
+
+
 def _cell(estimate: Estimate | None) -> str:
     if estimate is None:
         return '<td class="num">–</td>'

@@ -37,6 +37,9 @@ SLOTS = {name: index for index, name in enumerate(NAMES)}
 N_SLOTS = 10
 """Colours in report.css: --s0 .. --s9."""
 
+SHOWN_CHARACTERS = 48
+"""Of a setting's value in a label."""
+
 _NOT_SETTINGS = ("run", "eval")
 """Tables in which runs of one group may differ: where a run is kept, and when it is evaluated."""
 
@@ -105,6 +108,10 @@ def _name(groups: Sequence[Group]) -> None:
             if len(same) > 1:
                 parts = [f"{key.split('.')[-1]} = {_show(group.settings.get(key))}" for key in differing[:3]]
                 group.label += f" ({', '.join(parts) or group.runs[0].name})"
+    labels = [group.label for group in groups]
+    for group in groups:
+        if labels.count(group.label) > 1:
+            group.label += f" · {group.runs[0].name}"
 
 
 def _colour(groups: Sequence[Group]) -> None:
@@ -140,4 +147,7 @@ def _unequal_conditions(groups: Sequence[Group]) -> list[str]:
 def _show(value: Any) -> str:
     if value is None:
         return "unset"
-    return PurePath(value).name if isinstance(value, str) and "/" in value else str(value)
+    text = " ".join(str(value).split())  # one line: labels stand beside bars and in menus
+    if isinstance(value, str) and "/" in text and " " not in text:
+        text = PurePath(text).name
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"

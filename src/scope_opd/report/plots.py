@@ -224,7 +224,8 @@ def time_by_stage(groups: Sequence[Group], name: str) -> str | None:
             left += seconds
         at = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "ha": "left"}
         axes.annotate(_seconds(whole), (left, row), color=INK, **at)
-    axes.set_yticks(range(len(found)), [group.label for group, _ in found], color=INK)
+    # a label may hold settings of the user: "$" in one is text, not the start of mathtext
+    axes.set_yticks(range(len(found)), [group.label for group, _ in found], color=INK, parse_math=False)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x", color=GRID)

@@ -20,6 +20,7 @@ from scope_opd.evaluate.metrics import (
     bootstrap_interval,
     paired_difference,
     pass_at_k,
+    pass_at_k_with_replacement,
     pooled_seed_spread,
 )
 from scope_opd.report.groups import Group
@@ -67,6 +68,14 @@ class Evaluated:
             interval = bootstrap_interval(values)
             return Estimate(interval.value, interval.low, interval.high, tuple(values.mean(axis=1).tolist()))
         return self._as_stored(k)
+
+    def with_replacement(self, k: int) -> float | None:
+        """The biased Pass@k of the method's first release in percent; None where there is nothing to have it from."""
+        if self.counts is not None:
+            return 100.0 * float(pass_at_k_with_replacement(self.counts, self.n, k).mean())
+        shares = [number(_get(row, "pass@k_with_replacement", str(k))) for row in self.stored]
+        found = [100.0 * share for share in shares if share is not None]
+        return sum(found) / len(found) if found else None
 
     def _as_stored(self, k: int) -> Estimate | None:
         shares = [number(row.get("avg@k")) if k == 1 else number(_get(row, "pass@k", str(k))) for row in self.stored]

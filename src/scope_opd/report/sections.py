@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from scope_opd.report import plots
-from scope_opd.report.answer import difference_table, result_table
+from scope_opd.report.answer import difference_table, result_table, with_replacement_tables
 from scope_opd.report.groups import Group
 from scope_opd.report.load import Run, number
 from scope_opd.report.parts import Section, figure, figures, legend, missing, section, swatch, table
@@ -51,6 +51,7 @@ def result(results: Results) -> Section:
     )
     tables += f'<p class="how">{how}</p>'
     differences += f'<p class="how">{explained}</p>' if differences else ""
+    differences += with_replacement_tables(results)
     curves = [
         figure(
             f"Pass@k at T = {temperature:g}",
