@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from scope_opd.credit import assign_credit
-from scope_opd.errors import DataError, ScopeError
+from scope_opd.errors import DataError, RunFailed, ScopeError
 from scope_opd.objective.methods import build_method
 from scope_opd.pipeline import Collected, Pipeline, StageStats
 from scope_opd.records import rollout_to_json
@@ -493,8 +493,8 @@ def test_a_teacher_that_scores_other_tokens_is_an_error_naming_the_rollout(strea
         collect(pipeline(teacher=TableTeacher(streams, short=True)))
 
 
-def test_a_sampler_that_gives_too_few_rollouts_breaks_an_invariant() -> None:
-    with pytest.raises(AssertionError, match="too few rollouts for prompt p1"):
+def test_a_sampler_that_gives_too_few_rollouts_ends_the_run_in_one_line() -> None:
+    with pytest.raises(RunFailed, match=r"prompt .p1. has . rollouts; expected"):
         collect(pipeline(ScriptedSampler(drop=1), teacher=TableTeacher()))
 
 

@@ -396,3 +396,30 @@ def test_a_float64_model_is_sampled_in_float64() -> None:
     model = tiny_model("qwen3", dtype=torch.float64)
     for rollout in run(LocalSampler(model, tiny_tokenizer()), ragged_prompts(2), PLAIN).values():
         assert rollout.logprobs == pytest.approx(forced(model, rollout, 0.8), abs=1e-6)
+
+
+@pytest.mark.parametrize("cuts", [{}, {"top_k": 50}, {"top_p": 0.9}, {"repetition_penalty": 1.3}])
+def test_ids_beyond_the_vocabulary_are_never_drawn_and_logprobs_are_those_of_the_rest(cuts: dict[str, float]) -> None:
+    model, below = tiny_model(), 40
+    prompts = ragged_prompts(vocabulary=below)
+    params = replace(PLAIN, stop_token_ids=(EOS_ID,), **cuts)
+    free = run(LocalSampler(model, tiny_tokenizer()), prompts, params)
+    assert max(max(rollout.token_ids) for rollout in free.values()) >= below
+    for rollout in run(LocalSampler(model, tiny_tokenizer(), vocabulary=below), prompts, params).values():
+        assert max(rollout.token_ids) < below
+        if cuts:
+            continue
+        ids = torch.tensor([[*rollout.prompt_token_ids, *rollout.token_ids]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(rollout.prompt_token_ids) - 1 : -1, :below]
+        expected = (logits / params.temperature).log_softmax(-1)
+        picked = expected.gather(-1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
+        assert rollout.logprobs == pytest.approx(picked.tolist(), abs=1e-4)
+
+
+def test_a_vocabulary_of_the_whole_head_changes_nothing_and_none_at_all_is_refused() -> None:
+    model, prompts = tiny_model(), ragged_prompts()
+    free = run(LocalSampler(model, tiny_tokenizer()), prompts, PLAIN)
+    assert run(LocalSampler(model, tiny_tokenizer(), vocabulary=320), prompts, PLAIN) == free
+    with pytest.raises(ScopeError, match="vocabulary = 0; expected at least 1"):
+        LocalSampler(model, tiny_tokenizer(), vocabulary=0)

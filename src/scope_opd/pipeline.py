@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from scope_opd.credit import Truncated, verdict_of
-from scope_opd.errors import ScopeError
+from scope_opd.errors import RunFailed, ScopeError
 from scope_opd.types import Prompt, Rollout, Sampler, SamplingParams, Teacher, TeacherScore, Verifier
 
 PhaseHook = Callable[[str], None]
@@ -212,7 +212,9 @@ class Pipeline:
             for rollout in state.waiting:
                 self._join(state, rollout)
         short = [name for name in state.prompts if len(state.members.get(name, [])) != params.n]
-        assert not short, f"the sampler gave too few rollouts for prompt {short[0]}"
+        if short:
+            found = f"prompt {short[0]!r} has {len(state.members.get(short[0], []))} rollouts"
+            raise RunFailed(found, f"{params.n}", "the sampler lost some or gave too many")
 
     async def _judge(self, state: _Step, rollout: Rollout) -> None:
         start = time.perf_counter()

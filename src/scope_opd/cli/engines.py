@@ -121,7 +121,8 @@ def build_engines(config: Config) -> Built:
             checks.vocabulary_rows(train_prompts, (), "teacher", _rows(teacher)),
         ]
         if method.sampled_by == "teacher":
-            sampler = LocalSampler(teacher, tokenizer, max_rows=config.rollout.max_rows)
+            # A teacher's head may have more rows: what the student has no row for it could not be trained on.
+            sampler = LocalSampler(teacher, tokenizer, max_rows=config.rollout.max_rows, vocabulary=_head_rows(student))
             sampling = replace(
                 sampling,
                 temperature=config.teacher.temperature or sampling.temperature,
@@ -302,6 +303,12 @@ def eval_sampler(
     """Decodes no more rows at once than training does, so that what trains also evaluates in the same memory."""
     rows = config.rollout.max_rows or config.train.prompts_per_step * config.rollout.n
     return LocalSampler(model, tokenizer, max_rows=rows, autocast=autocast)
+
+
+def _head_rows(model: PreTrainedModel) -> int:
+    """Ids that a model can both read and predict."""
+    head: Any = model.get_output_embeddings()
+    return min(_rows(model), int(head.weight.shape[0])) if head is not None else _rows(model)
 
 
 def _rows(model: PreTrainedModel) -> int:

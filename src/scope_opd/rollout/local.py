@@ -46,10 +46,12 @@ class LocalSampler:
         max_rows: sequences decoded at once; None decodes all of a call together.
         autocast: forward passes run under autocast to this dtype; None runs in the model's own. Logits are handled
             in float32 either way (float64 for a float64 model).
+        vocabulary: only ids below it are drawn: the logits of the others are -inf before anything else is done to
+            them, and log-probs are those of that distribution. None: every row of the head.
 
     Raises:
         ModelError: a cache from which rows cannot be selected.
-        ScopeError: max_rows < 1.
+        ScopeError: max_rows or vocabulary < 1.
     """
 
     def __init__(
@@ -59,7 +61,10 @@ class LocalSampler:
         *,
         max_rows: int | None = None,
         autocast: torch.dtype | None = None,
+        vocabulary: int | None = None,
     ) -> None:
+        if vocabulary is not None and vocabulary < 1:
+            raise ScopeError(f"vocabulary = {vocabulary}", "at least 1", "leave it out")
         if max_rows is not None and max_rows < 1:
             raise ScopeError(f"max_rows = {max_rows}", "at least 1", "raise rollout.max_rows or leave it out")
         odd = [type(layer).__name__ for layer in _new_cache(model).layers if not isinstance(layer, DynamicLayer)]
@@ -73,6 +78,7 @@ class LocalSampler:
         self.tokenizer = tokenizer
         self.max_rows = max_rows
         self.autocast = autocast
+        self.vocabulary = vocabulary
 
     async def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, *, step: int, policy_version: int
@@ -97,7 +103,7 @@ class LocalSampler:
             "max_tokens": params.max_tokens,
         }
         for rows in self._cut(prompts, params.n):
-            batch = _DecodeBatch(self.model, rows, params, step, self.autocast)
+            batch = _DecodeBatch(self.model, rows, params, step, self.autocast, self.vocabulary)
             while not batch.done:
                 ended = batch.advance()
                 responses = [tokens for _, tokens, _ in ended]
@@ -179,8 +185,10 @@ class _DecodeBatch:
         params: SamplingParams,
         step: int,
         autocast: torch.dtype | None,
+        vocabulary: int | None,
     ) -> None:
         self.model, self.rows, self.params = model, rows, params
+        self.vocabulary = vocabulary
         self.device = next(model.parameters()).device
         self.autocast = autocast
         self.burst = BURST.get(self.device.type, _BURST_ELSEWHERE)
@@ -245,7 +253,7 @@ class _DecodeBatch:
         self.seen = None
         if self.params.repetition_penalty != 1.0:
             seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=self.device)
-            # A prompt's padding stands where its first token is counted, so that it adds nothing.
+            # Padding is counted as the prompt's last token, which is there anyway, so that it adds nothing.
             self.seen = seen.scatter_(1, torch.where(mask.bool(), ids, ids[:, -1:]), True)[owner]
         capacity = min(self.params.max_tokens, _UNIFORM_BLOCK)
         precision = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -268,7 +276,11 @@ class _DecodeBatch:
             inputs["position_ids"] = position
         if "logits_to_keep" in self.accepts:
             inputs["logits_to_keep"] = 1
-        return self.model(**inputs).logits[:, -1]
+        logits = self.model(**inputs).logits[:, -1]
+        if self.vocabulary is not None and self.vocabulary < logits.shape[-1]:
+            beyond = torch.arange(logits.shape[-1], device=logits.device) >= self.vocabulary
+            logits = logits.masked_fill(beyond, -torch.inf)
+        return logits
 
     def _draw(self, logits: Tensor) -> Tensor:
         """Draw token t of every row, record it and its log-prob."""
