@@ -110,15 +110,22 @@ def test_a_damaged_newest_is_reported_and_the_one_before_used(damage: str, tmp_p
     assert [step for step, _ in list_checkpoints(tmp_path)] == [1, 3]
 
 
-def test_all_damaged_is_none_at_all_and_what_was_half_written_is_cleared(tmp_path: Path) -> None:
+def test_all_damaged_is_none_at_all_and_nothing_is_touched(tmp_path: Path) -> None:
     (tmp_path / ".writing-step-000009").mkdir()
-    (tmp_path / ".writing-step-000009" / "model.safetensors").write_bytes(b"half")
     flip(save(tmp_path, 1, tiny_model(layers=1)) / "model.safetensors")
     reports: list[str] = []
     assert newest_sound(tmp_path, reports.append) is None
     assert len(reports) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["damaged-step-000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".writing-step-000009", "step-000001"]
     assert newest_sound(tmp_path / "nowhere", pytest.fail) is None
+
+
+def test_what_was_half_written_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / ".writing-step-000009").mkdir()
+    (tmp_path / ".writing-step-000009" / "model.safetensors").write_bytes(b"half")
+    save(tmp_path, 1, tiny_model(layers=1))
+    assert newest_sound(tmp_path, pytest.fail) is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
 @pytest.mark.parametrize("size", [0, 1_000, 60_000])

@@ -18,6 +18,7 @@ import torch
 from scope_opd.errors import RunFailed, RunFolderError
 from scope_opd.records import iter_jsonl
 from scope_opd.train import RunInterrupted, train
+from scope_opd.train.resume import refuse_other_config
 from scope_opd.train.runfolder import PHASES, RunFolder
 from scope_opd.train.signals import Interrupted
 from train_kit import fake_evaluator, lasting, make_config, make_engines, same_weights, weights_of
@@ -224,6 +225,86 @@ def test_resuming_where_nothing_is_yet_starts_at_the_beginning(
     whole: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     assert same_weights(weights_of(run(tmp_path / "run", resume=True)), whole[1])
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def all_damaged(folder: Path) -> None:
+    for path in (folder / "checkpoints").glob("step-*/model.safetensors"):
+        path.write_bytes(b"")
+
+
+def all_moved_aside(folder: Path) -> None:
+    for path in (folder / "checkpoints").glob("step-*"):
+        path.rename(path.with_name(f"damaged-{path.name}"))
+
+
+def no_checkpoints(folder: Path) -> None:
+    shutil.rmtree(folder / "checkpoints")
+
+
+def no_checkpoints_of_a_run_under_way(folder: Path) -> None:
+    no_checkpoints(folder)
+    (folder / "status.json").write_text('{"step": 4, "phase": "scoring", "pid": 1}')
+
+
+def an_evaluation(folder: Path) -> None:
+    no_checkpoints(folder)
+    (folder / "run.json").write_text('{"kind": "evaluation"}')
+
+
+def no_config(folder: Path) -> None:
+    for name in ("events.jsonl", "status.json", "config.toml"):
+        (folder / name).unlink()
+    no_checkpoints(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (all_damaged, r"step-000005 is damaged .*step-000004 is damaged .*expected a sound checkpoint; restore"),
+        (all_moved_aside, r"only damaged checkpoints are left \(damaged-step-0.*expected a sound checkpoint"),
+        (no_checkpoints, r"is finished and has none now; expected its checkpoints; restore checkpoints/"),
+        (no_checkpoints_of_a_run_under_way, r"had saved checkpoints and has none now"),
+        (an_evaluation, r"holds an evaluation, not a training run"),
+        (no_config, r"neither config\.toml nor a checkpoint"),
+    ],
+)
+def test_resuming_without_a_sound_checkpoint_never_erases_a_run(
+    spoil: Any, message: str, whole: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    spoil(folder)
+    before = everything(folder)
+    with pytest.raises(RunFolderError, match=message):
+        run(folder, resume=True)
+    assert everything(folder) == before
+
+
+def test_a_run_cut_before_its_first_checkpoint_starts_over_only_with_its_own_config(
+    cut_at: Any, whole: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    cut_at("scoring", 1, Cut())
+    with pytest.raises(Cut):
+        run(folder)
+    before = everything(folder)
+    with pytest.raises(RunFolderError, match=r"objective\.tau = 0\.5 \(was 1\.0\)"):
+        run(folder, resume=True, tables={**TABLES, "objective": {"tau": 0.5}})
+    assert everything(folder) == before
+    assert same_weights(weights_of(run(folder, resume=True)), whole[1])
+
+
+def test_a_key_that_an_older_version_did_not_write_counts_as_its_default(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run")
+    saved = config.model_dump(mode="json")
+    del saved["train"]["grad_clip"], saved["chat"]
+    refuse_other_config(config, saved, 0)
+    with pytest.raises(RunFolderError, match=r"train\.grad_clip = 0\.5 \(was 1\.0\)"):
+        refuse_other_config(make_config(tmp_path / "run", train={"grad_clip": 0.5}), saved, 0)
 
 
 # --- real processes, real signals ------------------------------------------------------------------------------------

@@ -100,7 +100,10 @@ def build_engines(config: Config) -> Built:
 
     student = load_student(config, device)
     ends = end_token_ids(student, tokenizer, config.chat.stop_token_ids)
-    findings = [checks.vocabulary_rows([*train_prompts, *eval_prompts], ends, "student", _rows(student))]
+    findings = [
+        checks.vocabulary_rows([*train_prompts, *eval_prompts], ends, "student", _rows(student)),
+        checks.learning_rate(config, student.num_parameters()),
+    ]
     autocast = torch.bfloat16 if device.type == "cuda" and config.train.param_dtype == "float32" else None
     sampling = SamplingParams(
         n=config.rollout.n,

@@ -131,24 +131,33 @@ def save_checkpoint(
 
 
 def newest_sound(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that can be trusted; None when there is none.
+    """The newest checkpoint that can be trusted; None when there is none, and then nothing is touched.
 
     Args:
         root: the folder of checkpoints.
-        report: called with one line for every damaged one. It is renamed ``damaged-step-...``, so that it counts
-            neither as the newest nor among those kept.
+        report: called with one line for every damaged one that is newer. Where an older one is used they are renamed
+            ``damaged-step-...``, so that they count neither as the newest nor among those kept.
     """
-    for leftover in root.glob(f"{_TEMPORARY}*"):
-        _remove(leftover)
+    damaged: list[tuple[Path, DamagedCheckpoint]] = []
+    found = None
     for _, path in reversed(list_checkpoints(root)):
         try:
-            return read_checkpoint(path)
+            found = read_checkpoint(path)
+            break
         except DamagedCheckpoint as damage:
+            damaged.append((path, damage))
+    for path, reason in damaged:
+        told = f"checkpoint {path.name} is damaged ({reason})"
+        if found is not None:
             aside = path.with_name(f"damaged-{path.name}")
             _remove(aside)
             path.rename(aside)
-            report(f"checkpoint {path.name} is damaged ({damage}); moved to {aside.name}, the one before is used")
-    return None
+            told += f"; moved to {aside.name}, the one before is used"
+        report(told)
+    if found is not None or not damaged:
+        for leftover in root.glob(f"{_TEMPORARY}*"):
+            _remove(leftover)
+    return found
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

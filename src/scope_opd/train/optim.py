@@ -17,8 +17,6 @@ from transformers import PreTrainedModel
 
 from scope_opd.config import TrainConfig
 
-FULL_FINE_TUNING_LR = 2e-5
-
 
 def lr_at(step: int, config: TrainConfig) -> float:
     """Learning rate of optimiser step ``step`` (0-based): a pure function, so that a resumed run needs no state.

@@ -8,9 +8,7 @@ is done again. Evaluation belongs to a boundary, not to a step: a run killed whi
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import inspect
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -39,13 +37,12 @@ from scope_opd.train.checkpoint import (
 from scope_opd.train.engines import Engines, TrainResult
 from scope_opd.train.export import export_model
 from scope_opd.train.metrics import rollout_rows, step_metrics
-from scope_opd.train.optim import FULL_FINE_TUNING_LR, lr_at
+from scope_opd.train.optim import lr_at
 from scope_opd.train.progress import Display, open_display
+from scope_opd.train.resume import refuse_other_config, refuse_to_start_over
 from scope_opd.train.runfolder import RunFolder
 from scope_opd.train.signals import Interrupted, RunInterrupted, Signals
 from scope_opd.train.step import Learner, Outcome
-
-_LARGE_MODEL = 100_000_000
 
 
 class Session:
@@ -108,7 +105,9 @@ class Session:
         config, folder, damage = self.config, self._folder, list[str]()
         found = newest_sound(folder.path / "checkpoints", damage.append) if self._resume else None
         if found is not None:
-            _refuse_other_config(config, found.trainer["config"], found.step)
+            refuse_other_config(config, found.trainer["config"], found.step)
+        elif self._resume:
+            refuse_to_start_over(folder.path, config, damage)
         folder.cut(found.trainer["offsets"] if found is not None else {})
         first = self.engines.schedule.batch(0)
         folder.begin(
@@ -140,14 +139,6 @@ class Session:
                 "warning",
                 f"{torch.get_num_threads()} torch threads, {found.trainer['threads']} before the interruption: the "
                 "numbers may differ in their last bits; set train.threads",
-            )
-        size = sum(parameter.numel() for parameter in self.learner.optimizer.parameters)
-        train = config.train
-        if train.lr > FULL_FINE_TUNING_LR and train.param_dtype == "float32" and size > _LARGE_MODEL:
-            self._say(
-                "warning",
-                f"train.lr = {train.lr:g} is high for full fine-tuning of {size / 1e9:.1f}B float32 parameters; about "
-                "2e-6 is usual (the paper's 5e-5 went with pure bfloat16, where most of it rounds to nothing)",
             )
         self._trackers = open_trackers(
             config.run.trackers,
@@ -336,7 +327,6 @@ class Session:
                     "threads": torch.get_num_threads(),
                     "torch": torch.__version__,
                     "config": self.config.model_dump(mode="json"),
-                    "config_sha256": config_sha256(self.config),
                 },
                 keep_last=self.config.run.keep_last,
             )
@@ -347,35 +337,5 @@ class Session:
         self._display.note(f"{kind}: {message}")
 
 
-def config_sha256(config: Config) -> str:
-    """Fingerprint of what must not change on resume."""
-    return hashlib.sha256(json.dumps(_fixed(config.model_dump(mode="json")), sort_keys=True).encode()).hexdigest()
-
-
 async def _wait(answer: Any) -> Any:
     return await answer
-
-
-def _refuse_other_config(config: Config, saved: dict[str, Any], step: int) -> None:
-    """A resumed run keeps its config, but for ``run.*`` (the seed excepted) and, if lr does not depend on it, steps."""
-    now, before = _fixed(config.model_dump(mode="json")), _fixed(saved)
-    names = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
-    if names:
-        shown = ", ".join(f"{name} = {now.get(name)!r} (was {before.get(name)!r})" for name in names)
-        raise RunFolderError(
-            f"another config than that of the run: {shown}", "the same config", "set them back, or start a new run.dir"
-        )
-    if config.train.steps < step:
-        raise RunFolderError(
-            f"train.steps = {config.train.steps} but the run has done {step}", f"at least {step}", "raise train.steps"
-        )
-
-
-def _fixed(config: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {
-        f"{table}.{key}": value for table, values in config.items() for key, value in values.items()
-        if table != "run" or key == "seed"
-    }  # fmt: skip
-    if flat.get("train.schedule") == "constant":
-        flat.pop("train.steps", None)
-    return flat
