@@ -126,6 +126,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("eval.temperatures", [0.6, 0.0], r"eval.temperatures.1 = 0.0; expected greater than 0"),
     ("eval.top_p", 1.1, "eval.top_p = 1.1"),
     ("run.seed", -1, "run.seed = -1"),
+    ("run.seed", 2**63, "run.seed = 9223372036854775808; expected less than 9223372036854775808"),
     ("run.trackers", ["mlflow"], r"run.trackers.0 = 'mlflow'"),
     ("run.alarms.nan", "halt", "run.alarms.nan = 'halt'; expected 'off', 'warn' or 'stop'"),
     ("run.alarms.truncation_share", 1.5, "run.alarms.truncation_share = 1.5"),
@@ -248,3 +249,12 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
 def test_a_resolved_config_validates_again_to_itself(tau: float, n: int, preset: str | None) -> None:
     config = validate_config({"objective": {"tau": tau, "preset": preset}, "rollout": {"n": n}})
     assert validate_config(config.model_dump()) == config
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ["run.dir", "data.train", "data.eval", "chat.template"]
+    (tmp_path / "own.toml").write_text("")
+    config = load_config("~/own.toml", [f"{name}=~/{name}" for name in names])
+    found = [config.run.dir, config.data.train, config.data.eval, config.chat.template]
+    assert found == [str(tmp_path / name) for name in names]

@@ -116,6 +116,34 @@ CASES: dict[str, Case] = {
     ),
     "unknown tracker": train("run.trackers=['tensorbored']", words=("run.trackers", "tensorboard", "change")),
     "no such device": train("train.device=abacus", words=("abacus", "cpu", "train.device")),
+    **{
+        f"device {name}": train(f"train.device={name}", words=(f"device '{name}'", "cpu, cuda", "train.device"))
+        for name in ("mps", "meta", "xpu", "cuda:x", "cpu:1")
+    },
+    "GPU that is not there": train("train.device=cuda:99", words=("cuda:99", "GPUs visible", "use auto or cpu")),
+    **{
+        f"plug-in with a {kind}": train(
+            f"objective.plugins=['scope_test_plugin_{kind}']", words=(f"scope_test_plugin_{kind}", kind, "importable"),
+            **{f"scope_test_plugin_{kind}__py": source},
+        )
+        for kind, source in {
+            "ValueError": "raise ValueError('no')", "SyntaxError": "def (", "ZeroDivisionError": "1 / 0",
+            "SystemExit": "raise SystemExit(3)",
+        }.items()
+    },
+    "plug-in that takes a method's name": train(
+        "objective.plugins=['scope_test_plugin_taken']", words=("'scope' is already registered", "importable", "mend"),
+        scope_test_plugin_taken__py="from scope_opd.objective.methods import register, Scope\n"
+        "register('scope')(type('Mine', (Scope,), {}))\n",
+    ),
+    "seed beyond 63 bits": train("run.seed=9223372036854775808", words=("run.seed", "less than", "change run.seed")),
+    "seed of 5000 digits": train("run.seed=" + "9" * 5000, words=("run.seed", "integer", "change run.seed")),
+    "threads beyond any machine": train("train.threads=999999", words=("train.threads", "4096", "change")),
+    "nested override": train("chat.kwargs.x=" + "[" * 9000, words=("chat.kwargs.x", "TABLE.KEY=VALUE", "plain")),
+    "config with a long integer": Case(
+        "train {tmp}/c.toml", ("c.toml", "plain values", "mend"), {"c.toml": "x = " + "9" * 5000}
+    ),
+    "nested config": Case("train {tmp}/c.toml", ("c.toml", "plain values", "mend"), {"c.toml": "x = " + "[" * 9000}),
     "evaluation without problems": train("eval.at_end=true", words=("data.eval", "held-out", "set data.eval")),
     # data
     "no such data": train("data.train={tmp}/none.jsonl", words=("none.jsonl", "a data file", "check the path")),
@@ -130,6 +158,12 @@ CASES: dict[str, Case] = {
     "too few rows": train("train.prompts_per_step=9", words=("4 rows", "train.prompts_per_step = 9", "add rows")),
     "truncated parquet": train(
         "data.train={tmp}/r.parquet", words=("r.parquet", "complete parquet", "again"), r__parquet=b"PAR1 cut off"
+    ),
+    "JSON with a long integer": train(
+        "data.train={tmp}/r.json", words=("r.json", "plain values", "mend"), r__json="[" + "9" * 5000 + "]"
+    ),
+    "nested JSON": train(
+        "data.train={tmp}/r.json", words=("r.json", "plain values", "mend"), r__json="[" * 100_000
     ),
     "prompt over the limit": train(
         "data.max_prompt_tokens=3", words=("line 1", "'p0'", "data.max_prompt_tokens = 3", "raise it")
@@ -276,7 +310,7 @@ def test_the_table_is_long_enough() -> None:
 
 @pytest.mark.parametrize("name", CASES, ids=str)
 def test_a_mistake_is_one_line_and_loses_nothing(
-    name: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = CASES[name]
     for path, content in case.files.items():
@@ -284,6 +318,8 @@ def test_a_mistake_is_one_line_and_loses_nothing(
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     before = fingerprints(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     arguments = case.command.split()
     if case.command.startswith("train {tmp}/c.toml"):
         arguments += [part for value in (*TRAIN, *case.sets) for part in ("--set", value)]
@@ -299,13 +335,47 @@ def test_a_mistake_is_one_line_and_loses_nothing(
     assert {path: after.get(path) for path in before} == before
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has ..."),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_full_memory_ends_a_run_with_one_line(
+    error: Exception, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("scope_opd.train.loop.train", full)
+    (tmp_path / "rows.jsonl").write_text(GOOD_ROWS)
+    (tmp_path / "c.toml").write_text("")
+    sets = [part for value in TRAIN for part in ("--set", value)]
+    sets = [value.replace("{tmp}", str(tmp_path)).replace("{models}", str(models)) for value in sets]
+    assert main(["train", str(tmp_path / "c.toml"), *sets]) == 1
+    assert_one_error_line(capsys.readouterr().err, ("out of memory", "a step that fits", "lower"))
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused_before_anything_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.toml").write_text("")
+    assert main(["train", str(tmp_path / "c.toml"), "--run-dir", str(tmp_path / "c.toml" / "run")]) == 2
+    stderr = capsys.readouterr().err
+    assert_one_error_line(stderr, ("c.toml/run", "can be written", "choose another run.dir"))
+    assert "loading" not in stderr
+
+
 def test_a_full_disk_ends_a_run_with_one_line(models: Path, tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")
     (tmp_path / "rows.jsonl").write_text(GOOD_ROWS)
     (tmp_path / "c.toml").write_text("")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.toml").write_text("")
+    (tmp_path / "run" / "run.json").write_text("{}")
     (tmp_path / "run" / "rollouts.jsonl").symlink_to("/dev/full")
     sets = [part for value in TRAIN for part in ("--set", value)]
     sets = [value.replace("{tmp}", str(tmp_path)).replace("{models}", str(models)) for value in sets]

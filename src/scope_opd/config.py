@@ -9,12 +9,13 @@ holds them.
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from scope_opd.errors import ConfigError
 
@@ -24,6 +25,9 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path in which ``~`` is the home folder."""
 AlarmAction = Literal["off", "warn", "stop"]
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -93,8 +97,8 @@ class TeacherConfig(Table):
 class DataConfig(Table):
     """Where problems come from: ``zoo`` or a ``.jsonl``, ``.json`` or ``.parquet`` file; columns by name."""
 
-    train: str = "zoo"
-    eval: str | None = None
+    train: UserPath = "zoo"
+    eval: UserPath | None = None
     problem_column: str = "problem"
     answer_column: str = "answer"
     id_column: str = "id"
@@ -112,7 +116,7 @@ class ChatConfig(Table):
     ``stop_token_ids`` are added to the model's own end tokens.
     """
 
-    template: str | None = None
+    template: UserPath | None = None
     kwargs: dict[str, Any] = Field(default_factory=dict)
     system: str | None = None
     suffix: str = ""
@@ -191,7 +195,7 @@ class TrainConfig(Table):
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     device: str = "auto"
-    threads: PositiveInt | None = None
+    threads: Annotated[int, Field(gt=0, le=4096)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -241,8 +245,8 @@ class RunConfig(Table):
     ``rollouts_logged``: rollouts of each step in rollouts.jsonl, rounded to whole groups (at least one, if not 0).
     """
 
-    dir: str = "runs/run"
-    seed: NonNegativeInt = 0
+    dir: UserPath = "runs/run"
+    seed: Seed = 0
     checkpoint_every: NonNegativeInt = 50
     keep_last: PositiveInt = 2
     rollouts_logged: NonNegativeInt = 16
@@ -290,7 +294,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     """
     values: dict[str, Any] = {}
     if path is not None:
-        source = Path(path)
+        source = Path(path).expanduser()
         try:
             values = tomllib.loads(source.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -303,6 +307,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             raise ConfigError(f"{source}: byte {error.start} is not UTF-8", "UTF-8 text", "re-save the file") from None
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{source}: {error}", "valid TOML", "mend that line") from None
+        except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of brackets
+            raise ConfigError(f"{source}: {error}", "TOML with plain values", "mend the file") from None
     for override in overrides:
         _apply_override(values, override)
     return validate_config(values)
@@ -323,8 +329,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}", "TABLE.KEY=VALUE", "for example --set objective.tau=0.5")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         value = text
+    except RecursionError as error:
+        raise ConfigError(f"--set {name}: {error}", "TABLE.KEY=VALUE", "give a plain value") from None
     node = values
     for key in keys[:-1]:
         node = node.setdefault(key, {})

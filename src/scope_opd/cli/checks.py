@@ -79,12 +79,20 @@ def compare_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedToke
     return Finding(subject, "ok", f"{len(student.get_vocab())} ids, all the same")
 
 
-def common_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> int:
-    """Ids 0 .. n - 1 that both have and that mean the same: an exact KL is taken over these."""
-    from scope_opd.models.loading import vocabulary_mismatch
+def common_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that mean the same token to both, in order: an exact KL is taken over these.
 
-    mismatch = vocabulary_mismatch(student, teacher)
-    return mismatch[0][0] if mismatch else max(student.get_vocab().values()) + 1
+    Raises:
+        ModelError: there are none.
+    """
+    theirs = teacher.get_vocab()
+    common = tuple(sorted(index for token, index in student.get_vocab().items() if theirs.get(token) == index))
+    if not common:
+        raise ModelError(
+            "tokenizers: no id means the same token to student and teacher", "a pair that fits together",
+            "choose a teacher with the student's vocabulary",
+        )  # fmt: skip
+    return common
 
 
 def compare_ends(student: Sequence[int], teacher: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Finding:
@@ -205,6 +213,14 @@ def free_memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     except (OSError, ValueError):
         return None
+
+
+def writable(folder: Path) -> bool:
+    """Whether ``folder`` is, or could be made, a folder that this process may write."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
 
 
 def free_disk(path: Path) -> int:

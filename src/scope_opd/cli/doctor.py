@@ -102,7 +102,7 @@ def environment(config: Config) -> Iterator[Finding]:
     import transformers
 
     from scope_opd import __version__
-    from scope_opd.cli.checks import Finding, free_disk, free_memory, gigabytes
+    from scope_opd.cli.checks import Finding, free_disk, free_memory, gigabytes, writable
     from scope_opd.models.loading import resolve_device
 
     versions = f"scope-opd {__version__}, Python {platform.python_version()}, torch {torch.__version__}"
@@ -123,7 +123,7 @@ def environment(config: Config) -> Iterator[Finding]:
     yield Finding("disk", "warn" if disk < 1e9 else "ok", f"{gigabytes(disk)} free for {folder}", "free some space")
     if folder.is_dir() and any(folder.iterdir()):
         yield Finding("run folder", "warn", f"{folder} is not empty", "use --resume, or another run.dir")
-    elif not _writable(folder):
+    elif not writable(folder):
         yield Finding("run folder", "FAIL", f"{folder} cannot be written", "choose another run.dir")
     else:
         yield Finding("run folder", "ok", f"{folder} is free")
@@ -234,13 +234,6 @@ def _gpu_memory(device: Any) -> int | None:
     import torch
 
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-
-
-def _writable(folder: Path) -> bool:
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
 
 
 def _failure(subject: str, error: ScopeError) -> Finding:

@@ -85,13 +85,18 @@ def build_configured_method(config: Config) -> Method:
     objective = config.objective
     for plugin in objective.plugins:
         if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
+            sys.path.append(os.getcwd())  # behind all else: a file here must not stand in for an installed module
         try:
             importlib.import_module(plugin)
         except ImportError as error:
             raise ConfigError(
                 f"objective.plugins has {plugin!r}: {error}", "an importable module", "check the name and where you are"
             ) from None
+        except (Exception, SystemExit) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ConfigError(
+                f"objective.plugins has {plugin!r}, which fails: {reason}", "an importable module", "mend it"
+            ) from error
     if objective.method not in method_names():
         raise ConfigError(f"objective.method = {objective.method!r}", nearest(objective.method, method_names()))
     try:

@@ -29,6 +29,6 @@ def report(*runs: Path, out: Path = Path("report.html")) -> int:
 
     if not runs:
         raise DataError("no run folder named", "at least one", "for example scope report runs/demo")
-    build_report(list(runs), out)
+    build_report([run.expanduser() for run in runs], out.expanduser())
     print(f"report: {out}")
     return 0

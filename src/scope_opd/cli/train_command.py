@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+
+from scope_opd.errors import RunFailed, RunFolderError
 
 if TYPE_CHECKING:
     from scope_opd.train.engines import TrainResult
@@ -57,17 +61,48 @@ def train(
         from scope_opd.train.runfolder import RunFolder
 
         RunFolder.open(folder, resume=resume).close()
+    else:
+        from scope_opd.cli.checks import writable
+
+        if not writable(folder):
+            raise RunFolderError(f"run folder {folder}", "a folder that can be written", "choose another run.dir")
     print("loading torch, data and models ...", file=sys.stderr, flush=True)
 
     from scope_opd.cli.engines import build_engines
-    from scope_opd.train.loop import train as run_training
+    from scope_opd.train import loop
 
-    built = build_engines(settings)
-    for warning in built.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(f"first prompt: {built.engines.schedule.batch(0)[0].text!r}", file=sys.stderr, flush=True)
-    print("\n".join(outcome(run_training(settings, built.engines, resume=resume))))
+    with memory_in_one_line():
+        built = build_engines(settings)
+        for warning in built.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        print(f"first prompt: {built.engines.schedule.batch(0)[0].text!r}", file=sys.stderr, flush=True)
+        result = loop.train(settings, built.engines, resume=resume)
+    print("\n".join(outcome(result)))
     return 0
+
+
+@contextmanager
+def memory_in_one_line() -> Iterator[None]:
+    """Turns "out of memory", of a GPU or of the machine, into a line with what to lower.
+
+    Raises:
+        RunFailed: in place of torch's or Python's own error.
+    """
+    import torch
+
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
+        if not known:
+            raise
+        raise RunFailed(
+            f"out of memory: {text[:160] or type(error).__name__}",
+            "a step that fits",
+            "lower train.max_tokens_per_microbatch, rollout.max_rows or rollout.max_tokens, or set "
+            "train.gradient_checkpointing; scope doctor estimates",
+        ) from None
 
 
 def outcome(result: TrainResult) -> list[str]:

@@ -115,7 +115,7 @@ def read_rollouts(file: Path) -> Iterator[Rollout]:
 
     is_stdin = str(file) == "-"
     name = "standard input" if is_stdin else str(file)
-    stream = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8") if is_stdin else file
+    stream = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8") if is_stdin else file.expanduser()
     seen: dict[str, int] = {}
     try:
         for number, row in iter_jsonl(stream):

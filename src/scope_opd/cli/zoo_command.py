@@ -49,6 +49,7 @@ def copy(folder: Path, /) -> int:
     """
     from scope_opd.zoo import data_path, model_path
 
+    folder = folder.expanduser()
     _require_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("student", "teacher"):
@@ -74,6 +75,7 @@ def build(*, out: Path, seed: int = 0) -> int:
     """
     from scope_opd.zoo.build import build as build_zoo
 
+    out = out.expanduser()
     _require_empty(out)
     figures: Any = build_zoo(out, seed=seed, progress=lambda line: print(line, flush=True))
     print(json.dumps(figures, indent=2, default=str))

@@ -192,6 +192,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise DataError(f"{path}: byte {error.start} is not UTF-8", "UTF-8 text", "re-save the file") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: {error.msg}", "valid JSON", "mend that line") from None
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of brackets
+        raise DataError(f"{path}: {error}", "a list of objects with plain values", "mend the file") from None
     if not isinstance(rows, list):
         raise DataError(f"{path}: one {type(rows).__name__}", "a list of objects", "wrap the rows in [ ]")
     for number, row in enumerate(rows, start=1):

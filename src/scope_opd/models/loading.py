@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,23 +131,27 @@ def load_tokenizer(
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """``auto`` is the GPU where there is one, else the CPU; any torch device name is taken as it is.
+    """``auto`` is the GPU where there is one, else the CPU; else ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        ModelError: a name that torch does not know, a device that is not there.
+        ModelError: another name, a device that is not there, or one that refuses a first allocation.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ModelError(f"device {name!r}", "auto, cpu, cuda or cuda:N", "set train.device") from None
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise ModelError(f"device {name!r}", "auto, cpu, cuda or cuda:N", "set train.device")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ModelError(
             f"device {name!r} with {torch.cuda.device_count()} GPUs visible",
             "a device that is there",
             "use auto or cpu",
         )
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"device {name!r} cannot be used: {reason}", "a device that works", "use cpu") from None
     return device
 
 
@@ -212,7 +217,7 @@ def _check_config(folder: Path, path: str, trust_remote_code: bool) -> None:
         raise ModelError(f"folder {path!r} has no config.json", "a Hugging Face model folder", "check the path")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ModelError(f"{file}: {error}", "readable JSON", "copy the file again") from None
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str):
@@ -238,7 +243,7 @@ def _check_weights(folder: Path, path: str) -> None:
     for index in folder.glob("*.safetensors.index.json"):
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError, OSError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index}: {error}", "the index of the weight files", "copy the file again") from None
         absent = sorted(name for name in shards if not (folder / name).is_file())
         if absent:
