@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import select
 import shutil
 import subprocess
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -316,6 +320,58 @@ def test_viewer_thins_steps_and_cuts_long_responses_and_says_so(tmp_path: Path) 
     assert isinstance(longest["advantages"], float)  # grpo: one number for all tokens
 
 
+def routed_run(folder: Path, truncated: str) -> Path:
+    """One group: right, truncated with the right text, wrong, judged by its reward only; the last token is no text."""
+    run = fake_run.write_run(folder / truncated, "scope", 0, objective={"truncated": truncated}, **SMALL)
+    rows = fake_run.read_jsonl(run / "rollouts.jsonl")[:4]
+    settings = [
+        {"correct": True, "reinforce": 0.6, "distill": 0.0},
+        {"correct": True, "reinforce": 0.0, "distill": 0.7, "finish_reason": "length"},
+        {"correct": False, "reinforce": 0.0, "distill": 0.3},
+        {"correct": None, "reward": 0.9, "reinforce": 0.4, "distill": 0.0},
+    ]
+    if truncated == "ignore":
+        settings[1].update(distill=0.0, masked=True, mask_reason="truncated")
+    for row, own in zip(rows, settings, strict=True):
+        row.update(token_ids=[5, 6, 7, 8], tokens=["a", "b", " \ufffd\ufffd", "\ufffd"], group="g", step=1, **own)
+        row.update(logprobs=[-1.0, -1.0, -9.0, -1.0], teacher_logprobs=[-2.0, -2.0, -9.0, -2.0])
+        row["loss_mask"] = [1, 1, 0, 1]
+        row["advantages"] = [0.0] * 4
+    fake_run.write_jsonl(run / "rollouts.jsonl", rows)
+    return run
+
+
+def test_perplexities_follow_the_path_of_training_and_skip_tokens_outside_the_loss(tmp_path: Path) -> None:
+    points = load_run(routed_run(tmp_path, "incorrect")).rollouts
+    assert [point.path for point in points] == ["student", "teacher", "teacher", "student"]
+    assert [point.correct for point in points] == [True, False, False, True]
+    assert [point.weight for point in points] == [0.6, 0.7, 0.3, 0.4]
+    student, teacher = float(np.exp(1.0)), float(np.exp(2.0))
+    assert [point.ppl for point in points] == pytest.approx([student, teacher, teacher, student])
+    ignored = load_run(routed_run(tmp_path, "ignore")).rollouts
+    assert [point.path for point in ignored] == ["student", None, "teacher", "student"]
+    assert (ignored[1].correct, ignored[1].masked, ignored[1].ppl) == (True, True, None)
+
+
+def test_distilled_rollouts_are_on_the_teachers_path_whatever_their_verdict(tmp_path: Path) -> None:
+    run = fake_run.write_run(tmp_path / "opd", "opd", 0, **SMALL)
+    assert {(point.path, point.correct) for point in load_run(run).rollouts} == {("teacher", True), ("teacher", False)}
+    assert "OPD, correct and incorrect rollouts" in report(tmp_path, run).text
+
+
+def test_viewer_names_whose_perplexity_and_shows_parts_of_characters_by_id(tmp_path: Path) -> None:
+    run = routed_run(tmp_path, "incorrect")
+    data, _ = viewer_data(group_runs([load_run(run)])[0])
+    assert data is not None
+    members = data["runs"][0]["steps"][0]["groups"][0]["rollouts"]
+    assert [member["ppl_of"] for member in members] == ["student", "teacher", "teacher", "student"]
+    assert [member["verdict"] for member in members] == ["correct", "incorrect", "incorrect", "correct"]
+    assert data["vocabulary"] == ["a", "b", " ‹7›", "‹8›"]
+    page = report(tmp_path, run)
+    assert "\ufffd" not in page.raw
+    assert "‹123› stands for a token" in page.text
+
+
 # --- broken and missing pieces -----------------------------------------------
 
 
@@ -423,26 +479,127 @@ def test_mistakes_are_one_line_without_traceback(tmp_path: Path, case: str) -> N
 # --- in a browser, where there is one ----------------------------------------
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-PROBE = """<script>addEventListener("load", () => { document.documentElement.setAttribute("data-probe",
-[document.documentElement.scrollWidth, document.querySelectorAll(".tokens span").length,
-document.querySelectorAll("img").length].join()); });</script></body>"""
+CHROMIUM_FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe"),
+]
+LOOK = """JSON.stringify({
+  width: document.documentElement.scrollWidth,
+  tokens: document.querySelectorAll(".tokens span").length,
+  prompt: (document.querySelector(".prompt pre") || {}).textContent,
+  beyond: [...document.querySelectorAll("body *")].filter((element) =>
+    element.getBoundingClientRect().right > innerWidth + 1 && !element.closest(".scroll, pre, svg, figure.wide"))
+    .map((element) => `${element.tagName}#${element.id}.${element.className}`),
+  images: document.querySelectorAll("img").length,
+  injected: document.querySelectorAll("script").length,
+  paper: getComputedStyle(document.body).backgroundColor,
+  ink: getComputedStyle(document.body).color,
+  unreadable: [...document.querySelectorAll(".prompt pre, .verdict, .tokens span, h1, td")].filter((element) => {
+    const light = (css) => css.match(/[0-9.]+/g).slice(0, 3).reduce((sum, part) => sum + Number(part), 0) / 3;
+    const [ink, paper] = [getComputedStyle(element).color, getComputedStyle(document.body).backgroundColor];
+    return Math.abs(light(ink) - light(paper)) < 60;
+  }).length,
+})"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+class Browser:
+    """A headless Chromium spoken to through its pipe: the page is opened as it is, its policy in force."""
+
+    def __init__(self, profile: Path) -> None:
+        to_child, self._write = os.pipe()
+        self._read, from_child = os.pipe()
+        # the pipe protocol wants descriptors 3 and 4; the shell moves ours there
+        moved = f'exec "$@" 3<&{to_child} 4>&{from_child}'
+        self._process = subprocess.Popen(
+            ["bash", "-c", moved, "bash", str(CHROMIUM), *CHROMIUM_FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            pass_fds=(to_child, from_child),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(to_child)
+        os.close(from_child)
+        self._sent, self._rest, self._session = 0, b"", ""
+        self.complaints: list[str] = []
+        targets = self.call("Target.getTargets")["targetInfos"]
+        target = next(one["targetId"] for one in targets if one["type"] == "page")
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        self._sent += 1
+        message = {"id": self._sent, "method": method, "params": params}
+        os.write(
+            self._write, json.dumps({**message, **({"sessionId": self._session} if self._session else {})}).encode()
+        )
+        os.write(self._write, b"\0")
+        while (answer := self._next()).get("id") != self._sent:
+            self._note(answer)
+        assert "error" not in answer, answer
+        found: dict[str, Any] = answer["result"]
+        return found
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self._rest:
+            assert select.select([self._read], [], [], 60)[0], "the browser did not answer within a minute"
+            chunk = os.read(self._read, 1 << 16)
+            assert chunk, "the browser went away"
+            self._rest += chunk
+        line, self._rest = self._rest.split(b"\0", 1)
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    def _note(self, event: dict[str, Any]) -> None:
+        name, what = event.get("method"), event.get("params", {})
+        if name == "Runtime.exceptionThrown" or (name == "Log.entryAdded" and what["entry"]["level"] == "error"):
+            self.complaints.append(json.dumps(what))
+        if name == "Network.requestWillBeSent" and not what["request"]["url"].startswith(("file:", "about:", "data:")):
+            self.complaints.append(what["request"]["url"])
+
+    def look(self, page: Path, scheme: str, width: int) -> dict[str, Any]:
+        """Open a page in a colour scheme and a window's width, and say what is to be seen."""
+        self.complaints.clear()
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self.call("Page.navigate", url=page.as_uri())
+        ready = "new Promise((done) => document.readyState === 'complete' ? done(1) : addEventListener('load', done))"
+        for expression in (ready, LOOK):
+            seen = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        found: dict[str, Any] = json.loads(seen["result"]["value"])
+        return found
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._read)
+        os.close(self._write)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium here")
+    found = Browser(tmp_path_factory.mktemp("profile"))
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("which", ["page", "attacked"])
-def test_page_fits_1280_px_and_its_script_draws_rollouts(
-    which: str, request: pytest.FixtureRequest, tmp_path: Path
+def test_page_as_it_is_fits_its_window_and_draws_rollouts_in_both_schemes(
+    which: str, scheme: str, browser: Browser, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    raw = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", request.getfixturevalue(which).raw)
-    (tmp_path / "probe.html").write_text(raw.replace("</body>", PROBE), encoding="utf-8")
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,900", "--virtual-time-budget=3000"]
-    command += ["--dump-dom", (tmp_path / "probe.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    found = re.search(r'data-probe="(\d+),(\d+),(\d+)"', done.stdout)
-    assert found is not None
-    width, tokens, images = map(int, found.groups())
-    assert width <= 1280
-    assert tokens > 100
-    assert images == 0
+    path = tmp_path / "report.html"
+    path.write_text(request.getfixturevalue(which).raw, encoding="utf-8")
+    for width in (1280, 400):
+        seen = browser.look(path, scheme, width)
+        assert seen["width"] <= width, seen["beyond"]
+        assert seen["tokens"] > 100
+        assert (seen["images"], seen["injected"]) == (0, 2)
+        assert seen["unreadable"] == 0
+        paper, ink = (
+            np.mean([float(part) for part in re.findall(r"[\d.]+", seen[key])[:3]]) for key in ("paper", "ink")
+        )
+        assert (paper > 200 and ink < 80) if scheme == "light" else (paper < 60 and ink > 180)
+        assert seen["prompt"] == HOSTILE if which == "attacked" else seen["prompt"].endswith(" :")
+        assert browser.complaints == []

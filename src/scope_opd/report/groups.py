@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
-from scope_opd.report.load import Run
+from scope_opd.report.load import Route, Run
 
 NAMES = {
     "scope": "SCOPE",
@@ -67,6 +67,10 @@ class Group:
     @property
     def explained(self) -> str:
         return EXPLAINED.get(self.method, "")
+
+    def perplexity_of(self, path: Route) -> str:
+        """Whose perplexity a path's rollouts have: the teacher's where it scored or (``kd``) sampled them."""
+        return "teacher" if path == "teacher" or self.method == "kd" else "student"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,16 +15,26 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from scope_opd.errors import RunFolderError
 
+Route = Literal["student", "teacher"]
 RUN_FILES = ("run.json", "metrics.jsonl", "eval.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutPoint:
-    """What plots need of one rollout: its path's perplexity and the weight it got."""
+    """What plots need of one rollout: the path that training put it on, its perplexity there and the weight it got.
+
+    Attributes:
+        correct: the verdict as training took it (a truncated rollout may count as incorrect); where training took none,
+            the verdict as recorded.
+        path: "teacher" where the rollout is distilled, "student" where it is reinforced; None where neither is known.
+        ppl: exp of the path's mean negative log-prob over the tokens in the loss: the teacher's log-probs on the
+            teacher's path, the sampling log-probs on the student's.
+        weight: the number that scales the path: ``distill`` or ``reinforce``.
+    """
 
     id: str
     group: str
@@ -33,6 +43,7 @@ class RolloutPoint:
     tokens: int
     correct: bool | None
     masked: bool
+    path: Route | None
     ppl: float | None
     weight: float | None
 
@@ -240,9 +251,9 @@ def _read_rollouts(run: Run) -> list[RolloutPoint]:
         step, name = number(row.get("step")), row.get("id")
         if step is None or not isinstance(name, str):
             continue
-        correct = row.get("correct") if isinstance(row.get("correct"), bool) else None
-        reinforce, distill = number(row.get("reinforce")), number(row.get("distill"))
-        logprobs = numbers(row.get("logprobs" if correct else "teacher_logprobs"))
+        routed = _verdict(row, table(run.config, "objective"))
+        path = _route(row, routed)
+        logprobs = numbers(row.get("teacher_logprobs" if path == "teacher" else "logprobs")) if path else None
         token_ids = row.get("token_ids")
         points[name] = RolloutPoint(
             id=name,
@@ -250,15 +261,42 @@ def _read_rollouts(run: Run) -> list[RolloutPoint]:
             step=int(step),
             offset=offset,
             tokens=len(token_ids) if isinstance(token_ids, list) else 0,
-            correct=correct,
+            correct=row["correct"] if routed is None and isinstance(row.get("correct"), bool) else routed,
             masked=row.get("masked") is True,
-            ppl=_perplexity(logprobs) if correct is not None else None,
-            weight=reinforce or distill if (reinforce, distill) != (None, None) else None,
+            path=path,
+            ppl=_perplexity(logprobs, row.get("loss_mask")),
+            weight=number(row.get("distill" if path == "teacher" else "reinforce")) if path else None,
         )
     return sorted(points.values(), key=lambda point: (point.step, point.offset))
 
 
-def _perplexity(logprobs: list[float] | None) -> float | None:
+def _verdict(row: dict[str, Any], objective: dict[str, Any]) -> bool | None:
+    """The verdict that training routed by, under the run's own settings (None: the rollout took no part)."""
+    if row.get("finish_reason") == "length":
+        return False if objective.get("truncated") == "incorrect" else None
+    correct, reward = row.get("correct"), number(row.get("reward"))
+    if isinstance(correct, bool):
+        return correct
+    threshold = number(objective.get("reward_threshold"))
+    return None if reward is None else reward >= (0.5 if threshold is None else threshold)
+
+
+def _route(row: dict[str, Any], verdict: bool | None) -> Route | None:
+    """The path by the credit itself; where that is zero on both, by verdict (wrong and scored: the teacher's)."""
+    if number(row.get("distill")):
+        return "teacher"
+    if number(row.get("reinforce")):
+        return "student"
+    if verdict is None:
+        return None
+    return "teacher" if not verdict and row.get("teacher_logprobs") is not None else "student"
+
+
+def _perplexity(logprobs: list[float] | None, loss_mask: object) -> float | None:
+    if logprobs and isinstance(loss_mask, list):
+        if len(loss_mask) != len(logprobs):
+            return None
+        logprobs = [value for value, keep in zip(logprobs, loss_mask, strict=True) if keep]
     if not logprobs:
         return None
     nll = -sum(logprobs) / len(logprobs)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scope_opd.report.groups import Group
-from scope_opd.report.load import RolloutPoint, Run, number
+from scope_opd.report.load import RolloutPoint, Route, Run, number
 from scope_opd.report.results import Results
 from scope_opd.report.svg import DASHES, GRID, INK, MUTED, SURFACE, new_figure, slot_colour, stage_colour, to_svg
 
@@ -148,13 +148,13 @@ def pass_at_k_curves(results: Results, temperature: float, name: str) -> str | N
     return to_svg(figure, name, f"Pass@k against k at temperature {temperature:g}")
 
 
-def relative_weights(runs: Sequence[Run], *, correct: bool) -> list[tuple[RolloutPoint, float]]:
+def relative_weights(runs: Sequence[Run], *, path: Route) -> list[tuple[RolloutPoint, float]]:
     """Rollouts of a path with their weight over the mean weight of that path in their group (1 = as any other)."""
     found: list[tuple[RolloutPoint, float]] = []
     for run in runs:
         groups: dict[tuple[int, str], list[RolloutPoint]] = {}
         for point in run.rollouts:
-            if point.correct is correct and not point.masked and point.ppl is not None and point.weight is not None:
+            if point.path == path and not point.masked and point.ppl is not None and point.weight is not None:
                 groups.setdefault((point.step, point.group), []).append(point)
         for members in groups.values():
             mean = sum(abs(point.weight or 0.0) for point in members) / len(members)
@@ -163,9 +163,9 @@ def relative_weights(runs: Sequence[Run], *, correct: bool) -> list[tuple[Rollou
     return found
 
 
-def perplexity(group: Group, name: str, *, correct: bool) -> str | None:
+def perplexity(group: Group, name: str, *, path: Route) -> str | None:
     """Perplexities of one path: their histogram above, the relative weight each rollout got below."""
-    found = relative_weights(group.runs, correct=correct)
+    found = relative_weights(group.runs, path=path)
     if not found:
         return None
     ppl = np.array([point.ppl for point, _ in found], dtype=np.float64)
@@ -188,9 +188,18 @@ def perplexity(group: Group, name: str, *, correct: bool) -> str | None:
     bottom.set_xlim(*ends)
     low, high = min(0.95, float(weight.min())), max(1.05, float(weight.max()))
     bottom.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
-    bottom.set_xlabel("student’s perplexity" if correct else "teacher’s perplexity")
-    path = "correct rollouts by the student" if correct else "incorrect rollouts by the teacher"
-    return to_svg(figure, name, f"{group.label}: perplexity of {path} and the weight each got")
+    who = group.perplexity_of(path)
+    bottom.set_xlabel(f"{who}’s perplexity")
+    described = f"{group.label}: perplexity of {rollouts_of(found)} on the {path} path by the {who}"
+    return to_svg(figure, name, f"{described} and the weight each got")
+
+
+def rollouts_of(found: Sequence[tuple[RolloutPoint, float]]) -> str:
+    """What a path's rollouts are, in words: by verdict where all have the same."""
+    verdicts = {point.correct for point, _ in found}
+    if len(verdicts) != 1:
+        return "correct and incorrect rollouts"
+    return {True: "correct rollouts", False: "incorrect rollouts", None: "rollouts"}[verdicts.pop()]
 
 
 def _ends(ppl: FloatArray) -> tuple[float, float]:

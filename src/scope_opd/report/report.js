@@ -105,7 +105,7 @@
     if (rollout.masked) fact("left out: ", rollout.masked);
     fact("reinforce ", format(rollout.reinforce));
     fact("distill ", format(rollout.distill));
-    if (rollout.ppl !== undefined) fact(rollout.verdict === "correct" ? "student’s perplexity " : "teacher’s perplexity ", format(rollout.ppl));
+    if (rollout.ppl !== undefined) fact(`${rollout.ppl_of}’s perplexity `, format(rollout.ppl));
     fact("", String(rollout.length), " tokens");
     if (rollout.extracted !== undefined) fact("answer ", rollout.extracted);
     const right = make("div");

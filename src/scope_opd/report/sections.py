@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from html import escape
@@ -10,11 +11,12 @@ from typing import Any
 from scope_opd.report import plots
 from scope_opd.report.answer import difference_table, result_table, with_replacement_tables
 from scope_opd.report.groups import Group
-from scope_opd.report.load import Run, number
+from scope_opd.report.load import Route, Run, number
 from scope_opd.report.parts import Section, figure, figures, legend, missing, section, swatch, table
 from scope_opd.report.results import Results
 
 EVENTS_SHOWN = 5
+PATHS: tuple[Route, ...] = ("student", "teacher")
 
 
 def result(results: Results) -> Section:
@@ -163,11 +165,11 @@ def weights(groups: Sequence[Group]) -> Section:
         pair = figures(
             *(
                 figure(
-                    f"{group.label}, {'correct' if correct else 'incorrect'} rollouts",
-                    plots.perplexity(group, f"ppl{index}{int(correct)}", correct=correct),
-                    _perplexity_caption(group, correct),
+                    f"{group.label}, {plots.rollouts_of(plots.relative_weights(group.runs, path=path))}",
+                    plots.perplexity(group, f"ppl-{index}-{path}", path=path),
+                    _perplexity_caption(group, path),
                 )
-                for correct in (True, False)
+                for path in PATHS
             )
         )
         if pair:
@@ -190,13 +192,13 @@ def weights(groups: Sequence[Group]) -> Section:
     return section("weights", "Weights", intro, *parts)
 
 
-def _perplexity_caption(group: Group, correct: bool) -> str:
-    found = plots.relative_weights(group.runs, correct=correct)
+def _perplexity_caption(group: Group, path: Route) -> str:
+    found = plots.relative_weights(group.runs, path=path)
     if not found:
         return ""
     shown = min(len(found), plots.MAX_POINTS)
     dots = f"{shown} of them as dots" if shown < len(found) else "each a dot below"
-    who = "student’s sampling log-probs" if correct else "teacher’s log-probs"
+    who = f"{group.perplexity_of(path)}’s {'sampling ' if path == 'student' else ''}log-probs"
     return (
         f"Above: exp of the mean negative log-prob a token, from the {who}, of {len(found)} logged rollouts. Below "
         f"({dots}): the weight divided by the mean weight of its path in its group. Perplexities beyond the 99th "
@@ -298,6 +300,8 @@ def rollouts(data: dict[str, Any] | None, notes: Sequence[str]) -> Section:
         "Sampled rollouts with the credit they got. A token’s colour is its advantage, A = reinforce + distill × "
         "(log π<sub>teacher</sub> − log π<sub>student</sub>): blue makes it more likely, orange and dotted less."
     )
+    if any(re.search(r"‹\d+›", token) for token in data["vocabulary"]):
+        intro += " ‹123› stands for a token, by its id, that is no text of its own, such as part of a character."
     controls = (
         '<div class="controls" id="viewer-controls" hidden>'
         '<label>Method <select id="viewer-method"></select></label>'

@@ -10,6 +10,7 @@ budget of tokens is met. What was left out is said on the page.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,7 +100,7 @@ def _pack_run(
         sizes += [abs(value) for value in advantages or [] if value]
         prompts = steps.setdefault(point.step, {})
         prompt = prompts.setdefault(point.group, {"id": point.group, "prompt": _prompt(row), "rollouts": []})
-        prompt["rollouts"].append(_pack_rollout(row, point, advantages, vocabulary, cut))
+        prompt["rollouts"].append(_pack_rollout(group, row, point, advantages, vocabulary, cut))
     return {
         "name": run.name,
         "label": group.label,
@@ -127,15 +128,20 @@ def _advantages(row: dict[str, Any]) -> list[float] | None:
     reinforce, distill = number(row.get("reinforce")), number(row.get("distill"))
     if reinforce is None or distill is None:
         return None
+    kept = numbers(row.get("loss_mask")) or [1.0] * length
+    if len(kept) != length:
+        return None
     if distill == 0.0:
-        return [reinforce] * length
+        return [reinforce if keep else 0.0 for keep in kept]
     student, teacher = numbers(row.get("logprobs")), numbers(row.get("teacher_logprobs"))
     if student is None or teacher is None or not len(student) == len(teacher) == length:
         return None
-    return [reinforce + distill * (t - s) for s, t in zip(student, teacher, strict=True)]
+    gaps = [t - s for s, t in zip(student, teacher, strict=True)]
+    return [reinforce + distill * gap if keep else 0.0 for gap, keep in zip(gaps, kept, strict=True)]
 
 
 def _pack_rollout(
+    group: Group,
     row: dict[str, Any],
     point: RolloutPoint,
     advantages: list[float] | None,
@@ -157,24 +163,28 @@ def _pack_rollout(
         "reinforce": _round(number(row.get("reinforce"))),
         "distill": _round(number(row.get("distill"))),
         "ppl": _round(point.ppl),
+        "ppl_of": None if point.ppl is None else group.perplexity_of(point.path or "student"),
         "length": len(ids),
         "truncated": row.get("finish_reason") == "length",
         "extracted": str(row["extracted"])[:200] if row.get("extracted") is not None else None,
-        "tokens": [vocabulary.setdefault(_readable(strings[place]), len(vocabulary)) for place in kept],
+        "tokens": [vocabulary.setdefault(_readable(strings[place], ids[place]), len(vocabulary)) for place in kept],
         "advantages": _pack_advantages([advantages[place] for place in kept]) if advantages else None,
         "cut": {"after": head, "tokens": left_out} if left_out else None,
     }
     return {key: value for key, value in packed.items() if value is not None and value is not False}
 
 
-def _readable(token: object) -> str:
-    """Byte-level and sentencepiece marks of a leading space or a newline as the character they stand for."""
+def _readable(token: object, token_id: object) -> str:
+    """Byte-level and sentencepiece marks of a leading space or a newline as the character they stand for.
+
+    A token that is part of a character only (its bytes are no text, which decoding writes as U+FFFD) shows its id.
+    """
     text = str(token)
     if len(text) > 1 or text in "ĠĊ▁":
         text = text.replace("Ċ", "\n")
         if text[:1] in ("Ġ", "▁"):
             text = " " + text[1:]
-    return text[:200]
+    return re.sub("\ufffd+", f"‹{token_id}›", text[:200])
 
 
 def _pack_advantages(values: list[float]) -> float | list[float]:
