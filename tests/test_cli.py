@@ -380,11 +380,26 @@ class TestChecks:
     def test_ids_of_only_one_tokenizer_warn_and_bound_the_common_vocabulary(self) -> None:
         student, teacher = tiny_tokenizer(), tiny_tokenizer()
         assert checks.compare_tokenizers(student, teacher).level == "ok"
-        assert checks.common_vocabulary(student, teacher) == len(student)
+        assert checks.common_vocabulary(student, teacher) == tuple(range(len(student)))
         student.add_tokens(["<extra>"])
         finding = checks.compare_tokenizers(student, teacher)
         assert (finding.level, "1 only the student has" in finding.found) == ("warn", True)
-        assert checks.common_vocabulary(student, teacher) == len(teacher)
+        assert checks.common_vocabulary(student, teacher) == tuple(range(len(teacher)))
+
+    def test_the_common_vocabulary_is_every_id_that_means_the_same_wherever_it_stands(self) -> None:
+        class Words:
+            def __init__(self, *words: str) -> None:
+                self.words = words
+
+            def get_vocab(self) -> dict[str, int]:
+                return {word: index for index, word in enumerate(self.words) if word}
+
+        ours: Any = Words("<pad>", "a", "b", "", "c", "d")
+        same: Any = Words("<end>", "a", "x", "y", "c")
+        assert checks.common_vocabulary(ours, same) == (1, 4)
+        shifted: Any = Words("a", "b", "c")
+        with pytest.raises(ModelError, match="no id means the same token"):
+            checks.common_vocabulary(ours, shifted)
 
     def test_an_end_token_of_the_student_alone_warns(self) -> None:
         assert checks.compare_ends((1,), (1, 2), tiny_tokenizer()).level == "ok"
@@ -425,6 +440,10 @@ class TestChecks:
         two, parts = checks.estimated_memory(config, {"student": (10**9, shape), "teacher": (10**9, shape)}, 1)
         assert one == pytest.approx(16e9, rel=1e-3)
         assert two - one == 4 * 10**9
+        on_gpu, _ = checks.estimated_memory(config, {"student": (10**9, shape), "teacher": (10**9, shape)}, 1, gpu=True)
+        assert on_gpu - one == 2 * 10**9
+        anchored = load_config(None, ["rollout.n=1", "train.prompts_per_step=1", "objective.reference_kl=0.1"])
+        assert checks.estimated_memory(anchored, {"student": (10**9, shape)}, 1)[0] - one == 4 * 10**9
         assert "optimiser 8.0 GB" in parts
 
 

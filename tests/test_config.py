@@ -35,9 +35,10 @@ def test_defaults_are_valid_and_are_the_papers_formula_with_truncated_ignored() 
     assert build_method(objective.method, objective.model_dump()).aggregation == "prompt"
 
 
-# Student weight, teacher weight, scale, aggregation, temperatures, truncated: as published and as released.
+# Student weight, teacher weight, scale, aggregation (None: the method's), temperatures, truncated: as published and as
+# released.
 PRESET_TABLE = {
-    "paper": ("ppl", "inverse_ppl", "sum", "prompt", "matched", "incorrect"),
+    "paper": ("ppl", "inverse_ppl", "sum", None, "matched", "incorrect"),
     "as_released": ("inverse_ppl", "inverse_ppl", "mean", "released", "released", "incorrect"),
     "as_documented": ("inverse_ppl", "ppl", "mean", "released", "released", "incorrect"),
 }
@@ -49,6 +50,21 @@ def test_preset_sets_what_it_is_published_with(preset: str) -> None:
     got = (o.student_weight, o.teacher_weight, o.scale, o.aggregation, o.temperature, o.truncated)
     assert got == PRESET_TABLE[preset]
     assert set(PRESETS) == set(PRESET_TABLE)
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_the_papers_preset_leaves_every_method_its_own_aggregation(name: str) -> None:
+    assert validate_config({"objective": {"preset": "paper", "method": name}}).objective.aggregation is None
+
+
+def test_a_wrong_clip_counts_as_one_mistake_among_others() -> None:
+    with pytest.raises(ConfigError, match=r"change objective\.clip \(1 more after this one\)"):
+        validate_config({"objective": {"clip": "of"}, "train": {"grad_clip": -1}})
+
+
+def test_off_is_a_clip() -> None:
+    config = load_config(None, ["objective.clip=off", "objective.dual_clip=off", "train.grad_clip=off"])
+    assert (config.objective.clip, config.objective.dual_clip, config.train.grad_clip) == ("off", "off", "off")
 
 
 @pytest.mark.parametrize("preset", sorted(PRESET_TABLE))
@@ -102,8 +118,12 @@ WRONG: list[tuple[str, Any, str]] = [
     ("objective.aggregation", "mean", "objective.aggregation = 'mean'"),
     ("objective.temperature", "tempered", "expected 'matched', 'released' or 'raw'"),
     ("objective.reward_threshold", math.nan, "objective.reward_threshold = nan; expected a finite number"),
-    ("objective.clip", 0.0, "objective.clip = 0.0; expected greater than 0"),
-    ("objective.dual_clip", 1.0, "objective.dual_clip = 1.0; expected greater than 1"),
+    ("objective.clip", 0.0, "objective.clip = 0.0; expected greater than 0 or 'off'; change objective.clip$"),
+    ("objective.clip", "of", "objective.clip = 'of'; expected number or 'off'; change objective.clip$"),
+    ("objective.clip", True, "objective.clip = True; expected number or 'off'"),
+    ("objective.dual_clip", 1.0, "objective.dual_clip = 1.0; expected greater than 1 or 'off'"),
+    ("objective.dual_clip", math.inf, "objective.dual_clip = inf; expected a? ?finite number or 'off'"),
+    ("train.grad_clip", None, "train.grad_clip = None; expected number or 'off'"),
     ("objective.sampler_correction_cap", 0, "objective.sampler_correction_cap = 0"),
     ("objective.reference_kl", -1e-4, "objective.reference_kl"),
     ("objective.beta", -1, "objective.beta = -1"),

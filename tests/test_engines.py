@@ -87,6 +87,10 @@ SURROGATES: dict[str, tuple[Any, ...]] = {
     "objective.method=grpo": ("token", 0.2, 3.0, 2.0),
     "objective.method=grpo objective.clip=0.3 objective.dual_clip=5.0": ("token", 0.3, 5.0, 2.0),
     "objective.method=opd objective.sampler_correction_cap=1.5": ("token", None, None, 1.5),
+    "objective.method=grpo objective.clip=off objective.dual_clip=off": ("token", None, None, 2.0),
+    "objective.method=grpo objective.clip=off": ("token", None, 3.0, 2.0),
+    "objective.preset=paper": ("prompt", None, None, 2.0),
+    "objective.preset=paper objective.method=grpo": ("token", 0.2, 3.0, 2.0),
     "objective.clip=0.1 objective.aggregation=sequence": ("sequence", 0.1, None, 2.0),
     "objective.preset=as_released": ("released", None, None, 2.0),
 }  # fmt: skip
@@ -112,9 +116,9 @@ def test_what_the_teacher_is_told_and_what_samples(pair: Path) -> None:
 
 def test_the_teachers_logits_and_the_reference_are_there_where_they_are_asked_for(pair: Path) -> None:
     plain = build_engines(configured(pair)).engines
-    assert (plain.teacher_logits, plain.reference, plain.evaluator) == (None, None, None)
+    assert (plain.teacher_head, plain.reference, plain.evaluator) == (None, None, None)
     asked = build_engines(configured(pair, "objective.distill=full_kl", "objective.reference_kl=0.1")).engines
-    assert asked.teacher_logits is not None
+    assert asked.teacher_head is not None
     assert asked.reference is not None
     assert (asked.surrogate.distill, asked.surrogate.reference_kl) == ("full_kl", 0.1)
 
@@ -197,3 +201,54 @@ def test_kd_draws_only_what_the_student_has_a_row_for(pair: Path, tmp_path: Path
     ).rollouts
     assert max(max(rollout.token_ids) for rollout in rollouts) < 320
     assert train(config, built.engines, progress=False).steps == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("", None),
+        ("objective.preset=paper objective.method=grpo", None),
+        ("objective.preset=as_released", None),
+        ("objective.preset=as_released objective.method=dual_path", None),
+        ("objective.preset=as_released objective.method=opd", "preset is meant for scope"),
+        ("objective.method=kd", None),
+        ("objective.method=kd teacher.temperature=0.6", None),
+        ("objective.method=kd teacher.temperature=1.2", "its logits tend to 0.5 times the teacher's"),
+        ("teacher.temperature=1.2", None),
+        ("objective.temperature=raw", "use 'matched'"),
+    ],
+)
+def test_what_is_odd_in_the_settings_is_warned_of_at_the_start(settings: str, words: str | None, pair: Path) -> None:
+    warnings = build_engines(configured(pair, *settings.split())).warnings
+    assert [words in warning for warning in warnings] == ([True] if words else [])  # type: ignore[operator]
+
+
+def test_max_rows_cuts_the_training_rows_alone(pair: Path) -> None:
+    built = build_engines(
+        configured(pair, "data.max_rows=2", f"data.eval={pair / 'rows.jsonl'}", "eval.at_end=true", "eval.problems=5")
+    )
+    assert (len(built.train_prompts), len(built.eval_prompts)) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [("cpu", "float32", None), ("cuda", "float32", torch.bfloat16), ("cuda", "bfloat16", None)],
+)
+def test_autocast_follows_device_and_weights_in_training_and_evaluation_alike(
+    device: str, dtype: str, expected: torch.dtype | None, pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(pair, f"train.param_dtype={dtype}", f"data.eval={pair / 'rows.jsonl'}", "eval.at_end=true")
+    assert engines.autocast_dtype(config, torch.device(device)) == expected
+    seen: list[torch.dtype | None] = []
+    real = engines.eval_sampler
+
+    def listening(config: Config, model: Any, tokenizer: Any, autocast: torch.dtype | None) -> LocalSampler:
+        seen.append(autocast)
+        return real(config, model, tokenizer, autocast)
+
+    monkeypatch.setattr(engines, "eval_sampler", listening)
+    monkeypatch.setattr(engines, "autocast_dtype", lambda *_: expected)
+    built = build_engines(config)
+    engines.build_model_evaluator(config)
+    assert seen == [expected, expected]
+    assert sampler_of(built).autocast == expected

@@ -97,7 +97,8 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
         ["objective.method=reward_opd", "objective.beta=0.3", "objective.temperature=released",
          "objective.distill=sampled", "objective.aggregation=released"],
     ),
-    "positive": ("llama", "gemma2", ["objective.method=positive", "objective.truncated=incorrect"]),
+    "positive": ("llama", "gemma2", ["objective.method=positive", "objective.truncated=incorrect",
+                                       "objective.clip=off", "objective.dual_clip=off", "train.grad_clip=off"]),
     "dual path": ("gemma2", "llama", ["objective.method=dual_path", "objective.aggregation=prompt"]),
 }  # fmt: skip
 IN_A_PROCESS: dict[str, tuple[str, str, list[str]]] = {

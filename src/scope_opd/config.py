@@ -13,7 +13,8 @@ import os
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -30,13 +31,13 @@ UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path in which ``~`` is the home folder."""
 AlarmAction = Literal["off", "warn", "stop"]
 
+# A preset that names no aggregation leaves it to the method; "released" is meant for the methods with two paths.
 PRESETS: dict[str, dict[str, Any]] = {
     # J = E_x [ sum_correct softmax(+NLL_S/tau) L_MLE + sum_wrong softmax(-NLL_T/tau) L_OPD ], paper Eq. 4-6.
     "paper": {
         "student_weight": "ppl",
         "teacher_weight": "inverse_ppl",
         "scale": "sum",
-        "aggregation": "prompt",
         "truncated": "incorrect",
     },
     # What the release's run scripts do: w = n_path * softmax(-NLL/tau) on both paths.
@@ -95,7 +96,10 @@ class TeacherConfig(Table):
 
 
 class DataConfig(Table):
-    """Where problems come from: ``zoo`` or a ``.jsonl``, ``.json`` or ``.parquet`` file; columns by name."""
+    """Where problems come from: ``zoo`` or a ``.jsonl``, ``.json`` or ``.parquet`` file; columns by name.
+
+    ``max_rows`` takes the first rows of ``train`` only; ``eval.problems`` does so for evaluation.
+    """
 
     train: UserPath = "zoo"
     eval: UserPath | None = None
@@ -139,7 +143,8 @@ class ObjectiveConfig(Table):
     """The method and its surrogate. Fields left out take the preset's value, then the method's own, then these.
 
     ``preset``: "paper", "as_released" or "as_documented" (see ``PRESETS``); None is the paper's formula with truncated
-    rollouts ignored. ``aggregation``, ``clip`` and ``dual_clip`` default to what the method declares.
+    rollouts ignored. ``aggregation``, ``clip`` and ``dual_clip`` default to what the method declares; "off" is no clip
+    whatever it declares.
     ``reward_threshold``: a rollout whose reward is at least this is correct, where a verifier gives rewards that are
     not 0 or 1. ``method_settings`` go to methods of your own; ``plugins`` names the modules that register them.
     """
@@ -156,8 +161,8 @@ class ObjectiveConfig(Table):
     distill: Literal["sampled", "full_kl"] = "sampled"
     temperature: Literal["matched", "released", "raw"] = "matched"
     aggregation: Literal["prompt", "token", "sequence", "released"] | None = None
-    clip: PositiveFloat | None = None
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    clip: PositiveFloat | Literal["off"] | None = None
+    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | Literal["off"] | None = None
     sampler_correction_cap: PositiveFloat = 2.0
     reference_kl: NonNegativeFloat = 0.0
     method_settings: dict[str, Any] = Field(default_factory=dict)
@@ -189,7 +194,7 @@ class TrainConfig(Table):
     weight_decay: NonNegativeFloat = 0.01
     betas: tuple[Decay, Decay] = (0.9, 0.99)
     eps: PositiveFloat = 1e-8
-    grad_clip: PositiveFloat | None = 1.0
+    grad_clip: PositiveFloat | Literal["off"] = 1.0
     updates_per_batch: PositiveInt = 1
     max_tokens_per_microbatch: PositiveInt = 16384
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -342,10 +347,14 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError) -> ConfigError:
-    problem = error.errors(include_url=False)[0]
-    location = [str(part) for part in problem["loc"]]
+    # A value that may be of several kinds gives a complaint a kind: together they are one.
+    by_place: dict[tuple[str, ...], list[Any]] = {}
+    for each in error.errors(include_url=False):
+        by_place.setdefault(_place([str(part) for part in each["loc"]]), []).append(each)
+    place, problems = next(iter(by_place.items()))
+    problem, location = problems[0], list(place)
     name = ".".join(location)
-    more = len(error.errors()) - 1
+    more = len(by_place) - 1
     also = f" ({more} more after this one)" if more else ""
     if problem["type"] == "extra_forbidden":
         known = list(_known_keys(location[:-1]))
@@ -358,8 +367,26 @@ def _explain(error: ValidationError) -> ConfigError:
         return ConfigError(message + also)
     if problem["type"] == "missing":  # only an element of a list can be missing: every key has a default
         return ConfigError(f"{'.'.join(location[:-1])} = {problem['input']!r}", "more elements", f"add them{also}")
-    expected = message.removeprefix("Input should be ").removeprefix("a valid ")
+    messages = [each["msg"].removeprefix("Input should be ").removeprefix("a valid ") for each in problems]
+    expected = " or ".join(dict.fromkeys(messages))
     return ConfigError(f"{name} = {problem['input']!r}", expected, f"change {name}{also}")
+
+
+def _place(location: Sequence[str]) -> tuple[str, ...]:
+    """A complaint's place without pydantic's name of the kind that it tried, where a value may be of several kinds."""
+    model: type[BaseModel] = Config
+    for depth, part in enumerate(location, start=1):
+        if part not in model.model_fields:
+            break
+        annotation = model.model_fields[part].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+            continue
+        kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+        if get_origin(annotation) in (Union, UnionType) and len(kinds) > 1:
+            return tuple(location[:depth])
+        break
+    return tuple(location)
 
 
 def _known_keys(tables: Sequence[str]) -> Iterator[str]:

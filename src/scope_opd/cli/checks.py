@@ -151,6 +151,36 @@ def temperature(config: Config) -> Finding:
     return Finding("temperature", "ok", f"{convention}, samples at {sampled:g}")
 
 
+def preset(config: Config) -> Finding:
+    """The presets of the release are those of a method with two paths, their denominators above all."""
+    name, method = config.objective.preset, config.objective.method
+    if name is not None and name.startswith("as_") and method not in ("scope", "dual_path"):
+        return Finding(
+            "preset",
+            "warn",
+            f"objective.preset = {name!r} with objective.method = {method!r}: aggregation = "
+            f"{config.objective.aggregation!r}, temperature = {config.objective.temperature!r} and truncated = "
+            f"{config.objective.truncated!r} hold for it too",
+            "the preset is meant for scope: leave it out, or set objective.aggregation beside it",
+        )
+    return Finding("preset", "ok", name or "none")
+
+
+def teacher_samples(config: Config) -> Finding:
+    """Where the teacher samples, its temperature and that of the student's log-probs should be one."""
+    theirs = config.teacher.temperature or config.rollout.temperature
+    ours = 1.0 if config.objective.temperature == "raw" else config.rollout.temperature
+    if theirs != ours:
+        return Finding(
+            "teacher's samples",
+            "warn",
+            f"the teacher samples at {theirs:g}, the student's log-probs are taken at {ours:g}",
+            f"at {ours:g} the student will imitate the teacher at {theirs:g}: its logits tend to {ours / theirs:.3g} "
+            f"times the teacher's; for the same logits leave teacher.temperature out",
+        )
+    return Finding("teacher's samples", "ok", f"drawn and learnt at {ours:g}")
+
+
 def overlap(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> Finding:
     """Problems that are in both data sets, letter for letter."""
     problems = {prompt.problem.strip() for prompt in train}
@@ -165,13 +195,16 @@ def overlap(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> Finding:
     return Finding("held-out data", "ok", f"{len(held_out)} problems, none of them in data.train")
 
 
-def estimated_memory(config: Config, shapes: dict[str, tuple[int, Any]], tokens: int) -> tuple[int, str]:
-    """Bytes that a step needs at least, and how they add up. Activations and Python itself come on top.
+def estimated_memory(
+    config: Config, shapes: dict[str, tuple[int, Any]], tokens: int, *, gpu: bool = False
+) -> tuple[int, str]:
+    """Bytes that a step needs, roughly, and how they add up. Activations and Python itself come on top.
 
     Args:
         config: of the run.
         shapes: (parameters, model config) by "student" and, where it is loaded, "teacher".
         tokens: longest prompt plus response.
+        gpu: whether the models are on one, where a teacher's dtype "auto" is bfloat16.
     """
     from scope_opd.models.head import CHUNK_LOGITS
 
@@ -186,7 +219,10 @@ def estimated_memory(config: Config, shapes: dict[str, tuple[int, Any]], tokens:
         "decoding cache": _cache_bytes(config, student, tokens, width),
     }
     if "teacher" in shapes:
-        parts["teacher"] = shapes["teacher"][0] * (2 if config.teacher.dtype == "bfloat16" else 4)
+        halved = config.teacher.dtype == "bfloat16" or (gpu and config.teacher.dtype == "auto")
+        parts["teacher"] = shapes["teacher"][0] * (2 if halved else 4)
+    if config.objective.reference_kl > 0:
+        parts["reference"] = parameters * width
     return sum(parts.values()), " + ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
 
 

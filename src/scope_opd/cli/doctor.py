@@ -139,6 +139,9 @@ def settings_and_data(config: Config, longest: list[int]) -> Iterator[Finding]:
     about = "teacher samples" if method.sampled_by == "teacher" else "teacher scores" if with_teacher else "no teacher"
     yield Finding("method", "ok", f"{config.objective.method}, {about}")
     yield checks.temperature(config)
+    yield checks.preset(config)
+    if method.sampled_by == "teacher":
+        yield checks.teacher_samples(config)
     rows = inputs.load_rows(config, config.data.train, "train")
     characters = sorted(len(row.problem) for row in rows)
     middle = characters[len(characters) // 2]
@@ -191,12 +194,12 @@ def pair(config: Config, tokens: int) -> Iterator[Finding]:
         shapes["teacher"] = (sum(p.numel() for p in teacher.parameters()), teacher.config.get_text_config())
     else:
         yield checks.compare_ends(ends, ends, tokenizer)
-    size, parts = checks.estimated_memory(config, shapes, tokens)
+    size, parts = checks.estimated_memory(config, shapes, tokens, gpu=device.type == "cuda")
     available = free_memory() if device.type == "cpu" else _gpu_memory(device)
     level: Level = "warn" if available is not None and size > 0.8 * available else "ok"
     there = f" of {gigabytes(available)} free" if available is not None else ""
     yield Finding(
-        "memory estimate", level, f"at least {gigabytes(size)}{there}: {parts} (activations not counted)",
+        "memory estimate", level, f"about {gigabytes(size)}{there}: {parts} (activations not counted)",
         "lower rollout.max_rows or data.max_prompt_tokens, use param_dtype or teacher.dtype bfloat16, a smaller model",
     )  # fmt: skip
 

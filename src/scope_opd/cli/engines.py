@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -88,7 +88,9 @@ def build_engines(config: Config) -> Built:
     schedule = PromptSchedule(
         train_prompts, config.train.prompts_per_step, seed=config.run.seed, shuffle=config.data.shuffle
     )
-    findings = [checks.temperature(config)]
+    findings = [checks.temperature(config), checks.preset(config)]
+    if method.sampled_by == "teacher":
+        findings.append(checks.teacher_samples(config))
     if eval_prompts:
         findings.append(checks.overlap(train_prompts, eval_prompts))
     if with_teacher:
@@ -104,7 +106,7 @@ def build_engines(config: Config) -> Built:
         checks.vocabulary_rows([*train_prompts, *eval_prompts], ends, "student", _rows(student)),
         checks.learning_rate(config, student.num_parameters()),
     ]
-    autocast = torch.bfloat16 if device.type == "cuda" and config.train.param_dtype == "float32" else None
+    autocast = autocast_dtype(config, device)
     sampling = SamplingParams(
         n=config.rollout.n,
         temperature=config.rollout.temperature,
@@ -116,7 +118,8 @@ def build_engines(config: Config) -> Built:
     scorer = None
     common = None
     if with_teacher:
-        common = checks.common_vocabulary(tokenizer, theirs)
+        if config.objective.distill == "full_kl":
+            common = checks.common_vocabulary(tokenizer, theirs)
         teacher = load_teacher(config, device)
         teacher_ends = end_token_ids(teacher, theirs)
         findings += [
@@ -164,12 +167,17 @@ def build_engines(config: Config) -> Built:
         schedule=schedule,
         sampling=sampling,
         surrogate=surrogate_settings(config, method, sampling, common),
-        teacher_logits=scorer.response_logits if scorer is not None and config.objective.distill == "full_kl" else None,
+        teacher_head=scorer if config.objective.distill == "full_kl" else None,
         reference=frozen_reference(config, student, autocast) if config.objective.reference_kl > 0 else None,
         evaluator=evaluator,
-        weights_use_tau=weighs_by_perplexity(method),
+        weights_use_tau=paths_weighted_by_perplexity(method),
     )
     return Built(engines, method, train_prompts, eval_prompts, warnings)
+
+
+def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    """What the student computes in where it is not its weights' own: bfloat16 for float32 weights on a GPU."""
+    return torch.bfloat16 if device.type == "cuda" and config.train.param_dtype == "float32" else None
 
 
 def load_student(config: Config, device: torch.device) -> PreTrainedModel:
@@ -212,14 +220,14 @@ def student_temperature(config: Config) -> float:
 
 
 def surrogate_settings(
-    config: Config, method: Method, sampling: SamplingParams, common_vocabulary: int | None
+    config: Config, method: Method, sampling: SamplingParams, common_vocabulary: Sequence[int] | None
 ) -> SurrogateSettings:
     """The update's settings: the config's where given, else what the method was published with."""
     objective = config.objective
     return SurrogateSettings(
         aggregation=objective.aggregation or method.aggregation,
-        clip=method.clip if objective.clip is None else objective.clip,
-        dual_clip=method.dual_clip if objective.dual_clip is None else objective.dual_clip,
+        clip=_bound(objective.clip, method.clip),
+        dual_clip=_bound(objective.dual_clip, method.dual_clip),
         correction_cap=objective.sampler_correction_cap,
         sampling_temperature=sampling.temperature,
         student_temperature=student_temperature(config),
@@ -228,6 +236,11 @@ def surrogate_settings(
         reference_kl=objective.reference_kl,
         common_vocabulary=common_vocabulary,
     )
+
+
+def _bound(given: float | Literal["off"] | None, own: float | None) -> float | None:
+    """A clip of the config: its number, none for "off", the method's own where nothing is given."""
+    return own if given is None else None if given == "off" else given
 
 
 def frozen_reference(config: Config, student: PreTrainedModel, autocast: torch.dtype | None) -> TokenFunction:
@@ -245,10 +258,11 @@ def frozen_reference(config: Config, student: PreTrainedModel, autocast: torch.d
     return logprobs
 
 
-def weighs_by_perplexity(method: Method) -> bool:
-    """Whether tau means anything to the method as it is set."""
-    directions = (getattr(method, "student_weight", "uniform"), getattr(method, "teacher_weight", "uniform"))
-    return hasattr(method, "tau") and directions != ("uniform", "uniform")
+def paths_weighted_by_perplexity(method: Method) -> frozenset[str]:
+    """The paths ("student", "teacher") on which tau means anything to the method as it is set."""
+    if not hasattr(method, "tau"):
+        return frozenset()
+    return frozenset(p for p in ("student", "teacher") if getattr(method, f"{p}_weight", "uniform") != "uniform")
 
 
 def build_evaluator(
@@ -296,7 +310,7 @@ def build_model_evaluator(config: Config) -> Callable[[int, int], Any]:
     model = load_student(config, device)
     verifier, distinct_key = build_verifier(config)
     ends = end_token_ids(model, tokenizer, config.chat.stop_token_ids)
-    sampler = eval_sampler(config, model, tokenizer, None)
+    sampler = eval_sampler(config, model, tokenizer, autocast_dtype(config, device))
     return build_evaluator(config, sampler, verifier, prompts, ends, distinct_key)
 
 

@@ -33,16 +33,17 @@ def load_rows(config: Config, source: str, split: str) -> list[Row]:
     Args:
         config: names the columns.
         source: ``zoo`` or a file.
-        split: "train" or "heldout", for the zoo.
+        split: "train", of which ``data.max_rows`` are taken, or "heldout".
     """
     data = config.data
+    max_rows = data.max_rows if split == "train" else None
     if source == ZOO:
         from scope_opd.zoo.task import load_rows as load_zoo
 
         rows = load_zoo("train" if split == "train" else "heldout")
         numbered = ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-        return check_rows(numbered, source=f"zoo ({split})", max_rows=data.max_rows)
-    return read_rows(source, Columns(data.problem_column, data.answer_column, data.id_column), max_rows=data.max_rows)
+        return check_rows(numbered, source=f"zoo ({split})", max_rows=max_rows)
+    return read_rows(source, Columns(data.problem_column, data.answer_column, data.id_column), max_rows=max_rows)
 
 
 def eval_source(config: Config) -> str | None:
