@@ -10,8 +10,10 @@ import pytest
 from scope_opd.config import AlarmsConfig
 from scope_opd.train.alarms import Alarms
 
+PATHS = frozenset({"student", "teacher"})
 
-def ring(rows: list[dict[str, Any]], *, tau: bool = True, **config: Any) -> list[list[str]]:
+
+def ring(rows: list[dict[str, Any]], *, tau: frozenset[str] = PATHS, **config: Any) -> list[list[str]]:
     """Names of the alarms that ring at each row; the state goes through JSON between rows."""
     settings = AlarmsConfig(**config)
     alarms, names = Alarms(settings, weights_use_tau=tau), []
@@ -58,7 +60,10 @@ def test_uniform_weights_ring_once_a_path_and_only_where_tau_is_at_work() -> Non
     rows = [{"ess/student": 0.995, "ess/teacher": 0.9}, {"ess/student": 0.5, "ess/teacher": 0.999},
             {"ess/student": 0.999, "ess/teacher": None}]  # fmt: skip
     assert ring(rows) == [["uniform_weights"], ["uniform_weights"], []]
-    assert ring(rows, tau=False) == [[], [], []]
+    assert ring(rows, tau=frozenset()) == [[], [], []]
+    # A path whose weights are meant to be uniform has nothing to say.
+    assert ring(rows, tau=frozenset({"teacher"})) == [[], ["uniform_weights"], []]
+    assert ring(rows, tau=frozenset({"student"})) == [["uniform_weights"], [], []]
     assert ring(rows, uniform_weights="stop")[2] == []
 
 
@@ -69,6 +74,9 @@ def test_stop_rings_as_long_as_the_condition_lasts_and_off_never() -> None:
 
 
 def test_a_number_that_is_not_finite_rings() -> None:
+    alarms = Alarms(AlarmsConfig(), weights_use_tau=PATHS)
+    (alarm,) = alarms.check({"update/not_finite": 1}, broken="the loss of rollout 'r' is not finite")
+    assert alarm.message == "the loss of rollout 'r' is not finite; the update was left out"
     assert ring([{"update/not_finite": 1}, {"update/not_finite": 0}]) == [["nan"], []]
 
 
@@ -80,10 +88,10 @@ def test_the_state_is_all_that_a_resumed_run_needs(cut: int) -> None:
             [1, 0.6, 0.4, 0.4, 0.9, 0.3], [5, 5, 5, 11, 20, 9], [0.6, 0.6, 0.1, 0.6, 0.6, 0], strict=True
         )
     ]
-    whole = Alarms(AlarmsConfig(), weights_use_tau=False)
+    whole = Alarms(AlarmsConfig(), weights_use_tau=frozenset())
     expected = [whole.check(row) for row in rows]
-    first = Alarms(AlarmsConfig(), weights_use_tau=False)
+    first = Alarms(AlarmsConfig(), weights_use_tau=frozenset())
     told = [first.check(row) for row in rows[:cut]]
-    second = Alarms(AlarmsConfig(), weights_use_tau=False)
+    second = Alarms(AlarmsConfig(), weights_use_tau=frozenset())
     second.load_state(json.loads(json.dumps(first.state())))
     assert told + [second.check(row) for row in rows[cut:]] == expected

@@ -48,8 +48,6 @@ def test_scores_equal_a_plain_forward_pass(kind: str, temperature: float) -> Non
     assert isinstance(teacher, Teacher)
     for rollout, found in zip(rollouts, score(teacher, rollouts), strict=True):
         torch.testing.assert_close(torch.tensor(found), plain(model, rollout, temperature), atol=1e-5, rtol=1e-5)
-    assert teacher.scored_rollouts == len(rollouts)
-    assert teacher.scored_tokens == sum(len(rollout.token_ids) for rollout in rollouts)
 
 
 def test_batches_chunks_and_order_do_not_change_scores() -> None:
@@ -107,7 +105,6 @@ def test_a_token_that_the_teacher_lacks_leaves_its_rollout_unscored() -> None:
     teacher = LocalTeacher(tiny_model("qwen3"))
     found = asyncio.run(teacher.score(rollouts))
     assert [one.logprobs is None for one in found] == [False, True, False]
-    assert teacher.scored_rollouts == 2
 
 
 def test_a_rollout_beyond_the_context_is_refused() -> None:
@@ -130,14 +127,14 @@ def test_bfloat16_scores_stay_near_float32() -> None:
     assert sum(gaps) / len(gaps) < 0.03
 
 
-def test_response_logits_are_tempered_and_carry_no_gradient() -> None:
+def test_projected_hidden_states_are_tempered_logits_and_carry_no_gradient() -> None:
     model, rollouts = tiny_model("gemma2"), ragged_rollouts(4)
     teacher = LocalTeacher(model, temperature=0.6)
     ids, mask = pad_right([rollout.prompt_token_ids + rollout.token_ids for rollout in rollouts])
     positions = response_positions(
         [len(rollout.prompt_token_ids) for rollout in rollouts], [len(rollout.token_ids) for rollout in rollouts]
     )
-    logits = teacher.response_logits(ids, mask, positions)
+    logits = teacher.project(teacher.response_hidden(ids, mask, positions))
     assert not logits.requires_grad
     found = logits.log_softmax(-1).gather(-1, ids[positions[:, 0], positions[:, 1]][:, None])[:, 0]
     expected = torch.cat([plain(model, rollout, 0.6) for rollout in rollouts])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from scope_opd.errors import ConfigError
-from scope_opd.tracking import open_trackers
+from scope_opd.tracking import base, open_trackers
 from scope_opd.tracking.base import RunDescription, numbers
 from scope_opd.train import train
 from scope_opd.train.metrics import METRIC_KEYS
@@ -42,6 +42,59 @@ def test_a_missing_library_names_its_extra(name: str, tmp_path: Path, monkeypatc
 def test_an_unknown_tracker_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'mlflow'; expected some of tensorboard, wandb, trackio"):
         open_trackers(["mlflow"], description(tmp_path))
+
+
+class Recorder:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self, name: str = "recorder", failure: str = "") -> None:
+        self.name, self.failure = name, failure
+        self.logged: list[dict[str, float]] = []
+        self.closed = 0
+
+    def log(self, metrics: Any, step: int) -> None:
+        self.logged.append(dict(metrics))
+
+    def close(self) -> None:
+        self.closed += 1
+        if self.failure:
+            raise OSError(self.failure)
+
+
+def test_the_first_tracker_is_closed_when_the_second_does_not_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, opened = Recorder(failure="gone"), base._open
+    monkeypatch.setattr(base, "_open", lambda name, run: first if name == "first" else opened(name, run))
+    with pytest.raises(ConfigError, match="'mlflow'"):
+        open_trackers(["first", "mlflow"], description(tmp_path))
+    assert first.closed == 1
+
+
+def test_a_tracker_that_fails_to_close_is_a_warning_and_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trackers = [Recorder("first", "no network"), Recorder("second")]
+    monkeypatch.setattr("scope_opd.train.session.open_trackers", lambda names, run: trackers)
+    config = make_config(tmp_path / "run", train={"steps": 1})
+    train(config, make_engines(config), progress=False)
+    assert [tracker.closed for tracker in trackers] == [1, 1]
+    assert "tracker first did not close: OSError: no network" in (tmp_path / "run" / "events.jsonl").read_text()
+    train(config, make_engines(config), resume=True, progress=False)  # the folder was let go of
+
+
+def test_trackers_get_an_evaluations_figures_and_not_its_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluator(step: int, policy_version: int) -> list[dict[str, Any]]:
+        settings = {"step": step, "policy_version": 0, "problems": 4, "n": 2, "sampling": {"seed": 7, "top_p": 0.9}}
+        return [{**settings, "temperature": 0.6, "avg@k": 0.5, "pass@k": {"1": 0.5}}]
+
+    tracker = Recorder()
+    monkeypatch.setattr("scope_opd.train.session.open_trackers", lambda names, run: [tracker])
+    config = make_config(tmp_path / "run", train={"steps": 1}, eval={"at_end": True})
+    train(config, make_engines(config, evaluator=evaluator), progress=False)
+    assert tracker.logged[-1] == {"eval/T0.6/avg@k": 0.5, "eval/T0.6/pass@k/1": 0.5}
 
 
 def scalars(folder: Path) -> dict[str, list[int]]:

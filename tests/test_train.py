@@ -6,6 +6,7 @@ import ast
 import json
 import math
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import scope_opd.train
 from scope_opd.config import load_config
-from scope_opd.errors import RunFailed, RunFolderError
+from scope_opd.errors import DataError, RunFailed, RunFolderError
 from scope_opd.objective.methods import method_names
 from scope_opd.records import iter_jsonl, rollout_from_dict
 from scope_opd.train import train
-from scope_opd.train.metrics import METRIC_KEYS
+from scope_opd.train.export import export_model
+from scope_opd.train.metrics import METRIC_KEYS, _perplexity, _strict
 from scope_opd.types import Rollout
 from tiny import tiny_model
 from train_kit import fake_evaluator, files_limited_to, lasting, make_config, make_engines, weights_of
@@ -29,13 +31,18 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
     return [row for _, row in iter_jsonl(folder / f"{name}.jsonl")]
 
 
-@pytest.mark.parametrize("distill", ["sampled", "full_kl"])
+@pytest.mark.parametrize("switches", [False, True], ids=["plain", "all_switches"])
 @pytest.mark.parametrize("method", method_names())
-def test_every_registered_method_trains_through_the_same_code(method: str, distill: str, tmp_path: Path) -> None:
+def test_every_registered_method_trains_through_the_same_code(method: str, switches: bool, tmp_path: Path) -> None:
+    distils = method in ("scope", "dual_path", "opd", "reward_opd")
     config = make_config(
         tmp_path / "run",
-        objective={"method": method, "distill": distill, "reference_kl": 0.01 if distill == "full_kl" else 0.0},
-        train={"steps": 2, "updates_per_batch": 2 if distill == "full_kl" else 1},
+        objective={
+            "method": method,
+            "distill": "full_kl" if switches and distils else "sampled",
+            "reference_kl": 0.01 if switches else 0.0,
+        },
+        train={"steps": 2, "updates_per_batch": 2 if switches else 1},
     )
     engines = make_engines(config)
     before = weights_of(engines.model)
@@ -45,7 +52,7 @@ def test_every_registered_method_trains_through_the_same_code(method: str, disti
     metrics = rows(result.folder, "metrics")
     assert [row["step"] for row in metrics] == [0, 1]
     assert all(math.isfinite(row["loss"]) for row in metrics)
-    assert metrics[1]["policy_version"] == (2 if distill == "full_kl" else 1)
+    assert metrics[1]["policy_version"] == (2 if switches else 1)
 
 
 def test_the_trainer_names_no_method_and_imports_no_engine() -> None:
@@ -173,15 +180,14 @@ def test_a_step_with_every_rollout_masked_is_counted_and_changes_nothing(tmp_pat
     assert all(torch.equal(before[name], value) for name, value in engines.model.state_dict().items())
 
 
-def poisoned(engines: Any, at: int) -> Any:
-    """Credit that turns infinite from step ``at`` on."""
+def poisoned(engines: Any, at: int, rollout: int = 0) -> Any:
+    """Credit of one rollout that turns infinite from step ``at`` on."""
     credit = engines.credit
 
     def poison(rollouts: list[Rollout]) -> list[bool | None]:
         verdicts = credit(rollouts)
         if (rollouts[0].step or 0) >= at:
-            for rollout in rollouts:
-                rollout.reinforce = math.inf
+            rollouts[rollout].reinforce = math.inf
         return verdicts
 
     engines.credit = poison
@@ -190,9 +196,13 @@ def poisoned(engines: Any, at: int) -> Any:
 
 def test_nan_stops_the_run_with_the_weights_before_it_saved(tmp_path: Path) -> None:
     config = make_config(tmp_path / "run", run={"checkpoint_every": 0})
-    engines = poisoned(make_engines(config), at=1)
-    with pytest.raises(RunFailed, match="alarm nan at step 1: loss or gradient is not finite") as failure:
+    engines = poisoned(make_engines(config), at=1, rollout=7)
+    named = "alarm nan at step 1: the loss of rollout '(.*)' is not finite; the update was left out"
+    with pytest.raises(RunFailed, match=named) as failure:
         train(config, engines, progress=False)
+    culprit = next(row for row in rows(tmp_path / "run", "events") if row.get("name") == "nan")["rollout"]
+    assert repr(culprit) in str(failure.value)
+    assert culprit.endswith("3")  # the last of the second group of four
     assert failure.value.exit_code == 1
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line, parse_constant=pytest.fail) for line in lines]
@@ -200,6 +210,59 @@ def test_nan_stops_the_run_with_the_weights_before_it_saved(tmp_path: Path) -> N
     assert metrics[1]["update/not_finite"] == 1
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000002"]
     assert all(bool(torch.isfinite(parameter).all()) for parameter in engines.model.parameters())
+
+
+def test_a_gradient_alone_that_is_not_finite_is_said_to_be_that(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", train={"steps": 1})
+    engines = make_engines(config)
+    engines.model.get_input_embeddings().weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(RunFailed, match="the gradient is not finite, though every loss is; the update was left out"):
+        train(config, engines, progress=False)
+
+
+def test_wrong_data_met_while_training_fails_the_run_and_saves_it(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", run={"checkpoint_every": 0})
+    engines = make_engines(config)
+    credit = engines.credit
+
+    def refuse(rollouts: Sequence[Rollout]) -> Sequence[bool | None]:
+        if rollouts[0].step == 2:
+            raise DataError("answer of problem 'p2' is empty", "a number", "mend the row")
+        return credit(rollouts)
+
+    engines.credit = refuse
+    with pytest.raises(
+        RunFailed, match=r"^answer of problem 'p2' is empty; expected a number; mend the row$"
+    ) as failure:
+        train(config, engines, progress=False)
+    assert failure.value.exit_code == 1
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_a_perplexity_beyond_a_float_is_null() -> None:
+    assert _perplexity(0.0) == 1.0
+    assert _strict(_perplexity(701.0)) is None
+    assert _strict(_perplexity(1e9)) is None
+
+
+def test_an_export_fails_in_one_line_only_where_the_disk_is_at_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path / "run")
+    engines = make_engines(config)
+    tokenizers_own = Exception("No space left on device (os error 28)")
+    for error, raised in ((OSError("full"), RunFailed), (tokenizers_own, RunFailed), (TypeError("a bug"), TypeError)):
+
+        def fail(folder: Path, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(engines.tokenizer, "save_pretrained", fail)
+        with pytest.raises(raised):
+            export_model(
+                tmp_path / "export", engines.model, engines.tokenizer, config=config, steps=1, metrics={},
+                evaluations=[],
+            )  # fmt: skip
+        assert not list(tmp_path.iterdir())
 
 
 def test_nan_set_to_warn_leaves_the_update_out_and_goes_on(tmp_path: Path) -> None:
@@ -281,8 +344,8 @@ def test_a_run_is_the_same_whatever_the_micro_batch_budget_and_twice_bit_for_bit
 
 def test_missing_parts_of_the_engines_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     config = make_config(tmp_path / "run", objective={"distill": "full_kl"})
-    with pytest.raises(ValueError, match="without teacher_logits"):
-        train(config, make_engines(config, teacher_logits=None), progress=False)
+    with pytest.raises(ValueError, match="without teacher_head"):
+        train(config, make_engines(config, teacher_head=None), progress=False)
     config = make_config(tmp_path / "run", objective={"reference_kl": 0.1})
     with pytest.raises(ValueError, match="without a reference"):
         train(config, make_engines(config, reference=None), progress=False)

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from scope_opd.pipeline import StageStats
+from scope_opd.teacher.local import LocalTeacher
 from scope_opd.train.batch import Batch, make_batch
 from scope_opd.train.engines import Engines
+from scope_opd.train.metrics import step_metrics
 from scope_opd.train.step import Learner
 from scope_opd.types import Rollout
 from test_train_batch import distance
@@ -90,31 +93,64 @@ def test_the_sampler_correction_compares_at_the_temperature_that_sampled() -> No
     assert not figures.capped.any()
 
 
-def test_full_kl_is_the_exact_divergence_over_the_common_ids() -> None:
+@pytest.mark.parametrize(
+    "common", [None, tuple(range(300)), (0, 3, *range(40, 290), 325, 400)], ids=["all", "prefix", "scattered"]
+)
+def test_full_kl_is_the_exact_divergence_over_the_common_ids(common: tuple[int, ...] | None) -> None:
+    """Off policy: each token's divergence is multiplied by its correction, half of them above and half below 1."""
     teacher = tiny_model("qwen3", seed=2, vocab_size=330, dtype=torch.float64)
-    common = 300
-
-    def teacher_logits(ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        logits = teacher(ids, attention_mask=mask).logits / TEMPERATURE
-        return logits[positions[:, 0], positions[:, 1] - 1]
-
-    engines, _, rollouts, batch = prepare(
-        objective={"distill": "full_kl"}, engines={"teacher_logits": teacher_logits}
+    engines, _, rollouts, _ = prepare(
+        objective={"distill": "full_kl"}, engines={"teacher_head": LocalTeacher(teacher, temperature=TEMPERATURE)}
     )  # fmt: skip
+    off_policy(rollouts)
+    batch = make_batch(rollouts, aggregation="token", max_tokens=256)
     engines.surrogate = dataclasses.replace(engines.surrogate, common_vocabulary=common)
     learner = Learner(engines, make_config(Path("unused")).train)
+    width = engines.model.get_input_embeddings().weight.shape[0]
+    ids = torch.tensor([i for i in common if i < width] if common else range(width))
 
     def term(r: Rollout, student: torch.Tensor, sampling: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            log_q = (naive_logits(teacher, r)[:, :common] / TEMPERATURE).log_softmax(-1)
+            log_q = (naive_logits(teacher, r)[:, ids] / TEMPERATURE).log_softmax(-1)
             correction = (sampling - recorded(r.logprobs)).exp().clamp(max=2.0)
-        log_p = (logits[:, :common] / TEMPERATURE).log_softmax(-1)
+        log_p = (logits[:, ids] / TEMPERATURE).log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         return (correction * (r.distill * kl - r.reinforce * student)).sum()  # type: ignore[operator]
 
     assert distance(learner.gradient(batch)[1], naive_gradient(engines, rollouts, term)) < 1e-10
     figures = learner.update(batch, 0.0).tokens
     assert math.isfinite(float(figures.advantage.sum()))
+    assert figures.mismatch.abs().min() > 0.2
+
+
+def test_full_kl_without_an_id_in_both_heads_is_refused() -> None:
+    engines, _, _, batch = prepare(objective={"distill": "full_kl"})
+    for ids in ((), (5_000, 5_001)):
+        engines.surrogate = dataclasses.replace(engines.surrogate, common_vocabulary=ids)
+        with pytest.raises(ValueError, match="common_vocabulary has no id below"):
+            Learner(engines, make_config(Path("unused")).train).gradient(batch)
+
+
+def test_full_kl_asks_the_teacher_for_logits_a_chunk_at_a_time_outside_autocast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, learner, _, batch = prepare(objective={"distill": "full_kl"})
+    expected, asked = learner.gradient(batch)[1], []
+    head = learner.teacher_head
+    assert isinstance(head, LocalTeacher)
+    project = head.project
+
+    def counted(hidden: torch.Tensor) -> torch.Tensor:
+        asked.append((len(hidden), torch.is_autocast_enabled("cpu")))
+        return project(hidden)
+
+    monkeypatch.setattr(head, "project", counted)
+    monkeypatch.setattr("scope_opd.models.head.CHUNK_LOGITS", 5 * learner.view.vocabulary)
+    assert distance(learner.gradient(batch)[1], expected) < 1e-12
+    assert max(size for size, _ in asked) == 5
+    learner._autocast = True
+    learner.gradient(batch)
+    assert not any(cast for _, cast in asked)
 
 
 def test_reference_kl_adds_its_k3_gradient_over_the_unmasked_tokens() -> None:
@@ -157,6 +193,87 @@ def test_two_updates_use_the_policy_recorded_before_the_first() -> None:
     assert single[1].update(single[3], 1e-2).clipped == 0.0
     again = prepare("kd", train={"updates_per_batch": 2}, objective={"clip": 1e-4})
     assert again[1].update(again[3], 1e-2).clipped == 0.0
+
+
+def test_the_second_update_uses_the_correction_recorded_before_the_first() -> None:
+    """Off policy, c of the second update is pi_old / mu with the policy before the first, though that has moved."""
+    engines, learner, rollouts, _ = prepare("positive", train={"updates_per_batch": 2, "grad_clip": 1e9})
+    off_policy(rollouts)
+    batch = make_batch(rollouts, aggregation="token", max_tokens=256)
+    old = {}
+    for rollout in rollouts:
+        chosen = torch.tensor(rollout.token_ids)[:, None]
+        with torch.no_grad():
+            rows = (naive_logits(engines.model, rollout) / TEMPERATURE).log_softmax(-1)
+        old[rollout.id] = rows.gather(-1, chosen).squeeze(-1)
+    seen: list[list[torch.Tensor]] = []
+    step = learner.optimizer.step
+    moved: list[torch.Tensor] = []
+
+    def second(lr: float) -> None:
+        seen.append([parameter.grad.clone() for parameter in engines.model.parameters()])  # type: ignore[union-attr]
+        if len(seen) == 1:
+            step(lr)
+            return
+
+    learner.optimizer.step = second  # type: ignore[method-assign]
+    assert learner.update(batch, 1e-2).updates == 2
+
+    def term(r: Rollout, student: torch.Tensor, sampling: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        moved.append((student.detach() - old[r.id]).abs().max())
+        correction = (old[r.id] - recorded(r.logprobs)).exp().clamp(max=2.0)
+        return -(correction * r.reinforce * (student - old[r.id]).exp()).sum()
+
+    expected = naive_gradient(engines, rollouts, term)  # at the weights after the first update
+    assert distance(seen[1], expected) < 1e-10
+    assert max(moved) > 0.1
+
+
+def test_grad_clip_off_leaves_the_gradient_alone() -> None:
+    engines, learner, _, batch = prepare()
+    learner.config = learner.config.model_copy(update={"grad_clip": "off"})
+    moved: dict[str, float] = {}
+
+    def look() -> None:
+        grads = [p.grad for p in engines.model.parameters() if p.grad is not None]
+        moved["norm"] = float(torch.nn.utils.get_total_norm(grads))
+
+    rollouts_norm = learner.update(batch, 1e-3, before_change=look).grad_norm
+    assert moved["norm"] == rollouts_norm
+
+
+def test_mismatch_capped_share_and_log_ratios_are_those_of_a_batch_made_by_hand() -> None:
+    """One correct and one incorrect rollout, both scored; one token of each is outside the loss and counts nowhere."""
+    engines, learner, _, _ = prepare("reward_opd", objective={"sampler_correction_cap": 1.5})
+    prompt = engines.schedule.batch(0)[0]
+
+    def made(name: str, tokens: list[int], shifts: list[float], gaps: list[float], scored: bool) -> Rollout:
+        rollout = Rollout(name, "g", list(prompt.token_ids), tokens, [0.0] * len(tokens))
+        with torch.no_grad():
+            rows = (naive_logits(engines.model, rollout) / TEMPERATURE).log_softmax(-1)
+        own = rows.gather(-1, torch.tensor(tokens)[:, None]).squeeze(-1).tolist()
+        rollout.logprobs = [value + shift for value, shift in zip(own, shifts, strict=True)]
+        if scored:
+            rollout.teacher_logprobs = [value + gap for value, gap in zip(own, gaps, strict=True)]
+        rollout.reinforce, rollout.distill, rollout.masked = 1.0, float(scored), False
+        return rollout
+
+    right = made("right", [11, 12, 13], [0.5, -1.0, 9.0], [0.25, 0.75, 9.0], True)
+    unscored = made("unscored", [14, 16], [0.1, 0.1], [0.0, 0.0], False)
+    wrong = made("wrong", [17, 18], [-0.2, -0.6], [-1.0, -2.0], True)
+    right.loss_mask = [1, 1, 0]
+    right.correct, unscored.correct, wrong.correct = True, True, False
+    rollouts = [right, unscored, wrong]
+    batch = make_batch(rollouts, aggregation="token", max_tokens=256)
+    row = step_metrics(
+        step=0, policy_version=0, lr=0.0, rollouts=rollouts, verdicts=[True, True, False], stats=StageStats(),
+        batch=batch, outcome=learner.update(batch, 0.0), sampled_by_student=True, update_s=0.0, step_s=1.0,
+    )  # fmt: skip
+    assert row["tokens/trained"] == 6
+    assert row["mismatch/kl"] == pytest.approx((0.5 - 1.0 + 0.1 + 0.1 - 0.2 - 0.6) / 6)
+    assert row["mismatch/capped_share"] == pytest.approx(2 / 6)  # exp(1.0) and exp(0.6) exceed 1.5
+    assert row["logratio/correct"] == pytest.approx((0.25 + 0.75) / 2)
+    assert row["logratio/incorrect"] == pytest.approx(-1.5)
 
 
 def test_gradient_is_clipped_to_its_norm() -> None:

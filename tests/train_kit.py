@@ -1,4 +1,4 @@
-"""A whole run in miniature for the trainer's tests: tiny real student, teacher, sampler and pipeline.
+"""A whole run in miniature for the trainer's tests: tiny real student, teacher, sampler, pipeline and wiring.
 
 The student and the teacher are random Qwen3 models of two layers. One token in five ends a response, so that lengths
 differ, and a response counts as correct when the sum of its token ids is even, so that groups hold both kinds. Run as
@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 
+from scope_opd.cli.engines import paths_weighted_by_perplexity, surrogate_settings, teacher_temperature
+from scope_opd.cli.inputs import build_configured_method
 from scope_opd.config import Config, load_config, validate_config
 from scope_opd.credit import assign_credit
-from scope_opd.models.batching import pad_right, response_positions
-from scope_opd.models.head import HeadView, response_logits, response_logprobs
-from scope_opd.objective.methods import Method, build_method
+from scope_opd.models.head import response_logprobs
 from scope_opd.pipeline import Pipeline
 from scope_opd.rollout.local import LocalSampler
-from scope_opd.train import Engines, SurrogateSettings, train
-from scope_opd.types import Prompt, Rollout, SamplingParams, TeacherScore, Verdict
+from scope_opd.teacher.local import LocalTeacher
+from scope_opd.train import Engines, train
+from scope_opd.types import Prompt, Rollout, SamplingParams, Verdict
 from tiny import VOCABULARY_SIZE, tiny_model, tiny_tokenizer
 
 TEMPERATURE = 0.7
@@ -37,25 +38,6 @@ class EvenSum:
     async def verify(self, rollout: Rollout, prompt: Prompt) -> Verdict:
         correct = sum(rollout.token_ids) % 2 == 0
         return Verdict(correct, float(correct), str(sum(rollout.token_ids)))
-
-
-class PlainTeacher:
-    """Scores a step's rollouts one by one with a real model."""
-
-    streams = False
-
-    def __init__(self, model: torch.nn.Module, temperature: float) -> None:
-        self.view, self.temperature = HeadView(model), temperature
-
-    @torch.no_grad()
-    async def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
-        scores = []
-        for rollout in rollouts:
-            ids, mask = pad_right([[*rollout.prompt_token_ids, *rollout.token_ids]])
-            positions = response_positions([len(rollout.prompt_token_ids)], [len(rollout.token_ids)])
-            scored = response_logprobs(self.view, ids, mask, positions, self.temperature)
-            scores.append(TeacherScore(scored.logprobs.tolist()))
-        return scores
 
 
 class Rounds:
@@ -88,55 +70,48 @@ def make_config(folder: Path, **tables: dict[str, Any]) -> Config:
     return validate_config(values)
 
 
-def surrogate_settings(config: Config, method: Method) -> SurrogateSettings:
-    objective, temperature = config.objective, config.rollout.temperature
-    return SurrogateSettings(
-        aggregation=objective.aggregation or method.aggregation,
-        clip=objective.clip if objective.clip is not None else method.clip,
-        dual_clip=objective.dual_clip if objective.dual_clip is not None else method.dual_clip,
-        correction_cap=objective.sampler_correction_cap,
-        sampling_temperature=temperature,
-        student_temperature=1.0 if objective.temperature == "raw" else temperature,
-        sampled_by=method.sampled_by,
-        distill=objective.distill,
-        reference_kl=objective.reference_kl,
-    )
-
-
 def make_engines(config: Config, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Engines:
     """Engines for a config; ``changes`` replace fields of ``Engines``."""
     tokenizer = tiny_tokenizer()
     student, teacher = tiny_model("qwen3", seed=1, dtype=dtype), tiny_model("qwen3", seed=2, dtype=dtype)
     objective, temperature = config.objective, config.rollout.temperature
-    method = build_method(objective.method, objective.model_dump(), **objective.method_settings)
-    teacher_temperature = temperature if objective.temperature == "matched" else 1.0
+    method = build_configured_method(config)
+    scorer = LocalTeacher(
+        teacher,
+        temperature=teacher_temperature(config),
+        max_tokens_per_batch=config.teacher.max_tokens_per_batch,
+        log_prob_floor=config.teacher.log_prob_floor,
+    )
     pipeline = Pipeline(
         LocalSampler(teacher if method.sampled_by == "teacher" else student, tokenizer),
         EvenSum(),
-        PlainTeacher(teacher, teacher_temperature),
+        scorer,
         method.needs_teacher,
         truncated=objective.truncated,
+        reward_threshold=objective.reward_threshold,
     )
-    view = HeadView(teacher)
+    sampling = SamplingParams(
+        n=config.rollout.n, temperature=temperature, max_tokens=config.rollout.max_tokens,
+        stop_token_ids=tuple(range(0, VOCABULARY_SIZE, 5)), seed=config.run.seed,
+    )  # fmt: skip
 
     def anchor(ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return response_logprobs(view, ids, mask, positions, temperature).logprobs
+        return response_logprobs(scorer.view, ids, mask, positions, temperature).logprobs
 
     values: dict[str, Any] = {
         "model": student,
         "tokenizer": tokenizer,
         "pipeline": pipeline,
-        "credit": partial(assign_credit, method=method, truncated=objective.truncated, reward_threshold=0.5),
-        "schedule": Rounds(make_prompts(tokenizer), config.train.prompts_per_step),
-        "sampling": SamplingParams(
-            n=config.rollout.n, temperature=temperature, max_tokens=config.rollout.max_tokens,
-            stop_token_ids=tuple(range(0, VOCABULARY_SIZE, 5)), seed=config.run.seed,
+        "credit": partial(
+            assign_credit, method=method, truncated=objective.truncated, reward_threshold=objective.reward_threshold
         ),
-        "surrogate": surrogate_settings(config, method),
-        "teacher_logits": lambda ids, mask, positions: response_logits(view, ids, mask, positions, teacher_temperature),
+        "schedule": Rounds(make_prompts(tokenizer), config.train.prompts_per_step),
+        "sampling": sampling,
+        "surrogate": surrogate_settings(config, method, sampling, None),
+        "teacher_head": scorer,
         "reference": anchor if objective.reference_kl > 0 else None,
-        "weights_use_tau": hasattr(method, "tau"),
-    }  # fmt: skip
+        "weights_use_tau": paths_weighted_by_perplexity(method),
+    }
     return Engines(**{**values, **changes})
 
 

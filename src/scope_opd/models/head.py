@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from scope_opd.objective.logprobs import tempered, token_entropy, token_logprobs
+
 # Logits in one chunk at most, when no chunk is asked for: 256 MiB in float32.
 CHUNK_LOGITS = 2**26
 
@@ -103,7 +105,11 @@ class HeadView:
         return self.hidden(input_ids, attention_mask)[positions[:, 0], positions[:, 1] - 1]
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., H], in float32 (float64 for a float64 model)."""
+        """Logits [..., V] of hidden states [..., H], returned in float32 (float64 for a float64 model).
+
+        The head's product itself is computed in the head's dtype, or in autocast's where that is on: bfloat16 logits
+        carry about three digits. Everything after it (temperature, softmax, sums) is float32.
+        """
         if self.exact:
             assert self.head is not None
             hidden = self._tail(self.head(hidden))
@@ -168,21 +174,46 @@ def response_logprobs(
         chunk's logits are computed again in the backward pass instead of being kept.
     """
     view = model if isinstance(model, HeadView) else HeadView(model)
-    hidden = view.response_hidden(input_ids, attention_mask, positions)
-    targets = input_ids[positions[:, 0], positions[:, 1]]
+    return score_hidden(
+        view,
+        view.response_hidden(input_ids, attention_mask, positions),
+        input_ids[positions[:, 0], positions[:, 1]],
+        temperature,
+        extra_temperature=extra_temperature,
+        chunk_tokens=chunk_tokens,
+        entropy=entropy,
+    )
+
+
+def score_hidden(
+    view: HeadView,
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    *,
+    extra_temperature: float | None = None,
+    chunk_tokens: int | None = None,
+    entropy: bool = True,
+) -> TokenScores:
+    """``response_logprobs`` where the hidden states are there already.
+
+    Args:
+        view: supplies the projection.
+        hidden: [T, H], from ``HeadView.response_hidden``.
+        targets: I[T], the tokens whose log-probs are wanted.
+        temperature, extra_temperature, chunk_tokens, entropy: as for ``response_logprobs``.
+    """
 
     def score(logits: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
-        scaled = logits if temperature == 1.0 else logits / temperature
+        scaled = tempered(logits, temperature)
         log_z = scaled.logsumexp(-1)
-        logprobs = scaled.gather(-1, wanted[:, None]).squeeze(-1) - log_z
-        outputs = [logprobs]
+        outputs = [token_logprobs(scaled, wanted, log_z=log_z)]
         # After the part with gradient, so that recomputation in the backward pass stops before it.
         with torch.no_grad():
             if entropy:
-                outputs.append(_entropy(scaled, log_z))
+                outputs.append(token_entropy(scaled, log_z=log_z))
             if extra_temperature is not None:
-                other = logits / extra_temperature
-                outputs.append(other.gather(-1, wanted[:, None]).squeeze(-1) - other.logsumexp(-1))
+                outputs.append(token_logprobs(logits, wanted, extra_temperature))
         return tuple(outputs)
 
     results = map_logits(view, hidden, score, targets, chunk_tokens=chunk_tokens)
@@ -191,22 +222,6 @@ def response_logprobs(
         entropy=results[1] if entropy else None,
         extra_logprobs=results[-1] if extra_temperature is not None else None,
     )
-
-
-def response_logits(
-    model: PreTrainedModel | HeadView,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    positions: Tensor,
-    temperature: float = 1.0,
-) -> Tensor:
-    """Logits / temperature that predict the tokens at ``positions``: [T, V], float32 (float64 for a float64 model).
-
-    The whole [T, V] is returned; ``map_logits`` does without where a reduction follows.
-    """
-    view = model if isinstance(model, HeadView) else HeadView(model)
-    logits = view.project(view.response_hidden(input_ids, attention_mask, positions))
-    return logits if temperature == 1.0 else logits / temperature
 
 
 def map_logits(
@@ -249,12 +264,6 @@ def map_logits(
         else:
             pieces.append(run(*part))
     return tuple(torch.cat(column) for column in zip(*pieces, strict=True))
-
-
-def _entropy(scaled: Tensor, log_z: Tensor) -> Tensor:
-    """Entropy in nats from logits [c, V] and their logsumexp [c]; logits of -inf add nothing."""
-    logprobs = scaled - log_z[:, None]
-    return -torch.where(logprobs == -torch.inf, 0.0, logprobs.exp() * logprobs).sum(-1)
 
 
 def _identity(logits: Tensor) -> Tensor:

@@ -19,23 +19,26 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
     return wide if temperature == 1.0 else wide / temperature
 
 
-def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) at the given ids.
+def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0, *, log_z: Tensor | None = None) -> Tensor:
+    """log softmax(logits / temperature) at the given ids, without a second tensor of the logits' size.
 
     Args:
         logits: [T, V].
         ids: [T] int64, in 0..V-1.
         temperature: > 0.
+        log_z: [T], logsumexp of the tempered logits where it is known already.
 
     Returns:
         [T], float32 (float64 for float64 logits), <= 0.
     """
-    log_p = torch.log_softmax(tempered(logits, temperature), dim=-1)
-    return log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    scaled = tempered(logits, temperature)
+    chosen = scaled.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return chosen - (scaled.logsumexp(-1) if log_z is None else log_z)
 
 
-def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of softmax(logits / temperature), a number a row: [T, V] -> [T]."""
-    log_p = torch.log_softmax(tempered(logits, temperature), dim=-1)
+def token_entropy(logits: Tensor, temperature: float = 1.0, *, log_z: Tensor | None = None) -> Tensor:
+    """Entropy in nats of softmax(logits / temperature), a number a row: [T, V] -> [T]. ``log_z`` as above."""
+    scaled = tempered(logits, temperature)
+    log_p = scaled - (scaled.logsumexp(-1) if log_z is None else log_z).unsqueeze(-1)
     # 0 * -inf is NaN in floating point but 0 in the limit: an id that cannot be drawn carries no entropy.
-    return -torch.special.xlogy(log_p.exp(), log_p.exp()).sum(dim=-1)
+    return -torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p).sum(dim=-1)

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from scope_opd.errors import ModelError, RunFailed, ScopeError
 from scope_opd.models.batching import microbatches, pad_right, response_positions
-from scope_opd.models.head import HeadView, response_logits, response_logprobs
+from scope_opd.models.head import HeadView, response_logprobs
 from scope_opd.models.loading import context_length
+from scope_opd.objective.logprobs import tempered
 from scope_opd.types import Rollout, TeacherScore
 
 
@@ -35,7 +36,6 @@ class LocalTeacher:
     Attributes:
         streams: False: all rollouts of a step are scored together.
         view: the teacher's ``HeadView``.
-        scored_tokens, scored_rollouts: what has been scored since the teacher was made.
 
     Raises:
         ScopeError: a setting out of range.
@@ -64,8 +64,6 @@ class LocalTeacher:
         self.max_tokens_per_batch = max_tokens_per_batch
         self.log_prob_floor = log_prob_floor
         self.chunk_tokens = chunk_tokens
-        self.scored_tokens = 0
-        self.scored_rollouts = 0
         self._rows = min(model.get_input_embeddings().num_embeddings, self.view.vocabulary)
         self._context = context_length(model.config)
         self._device = next(model.parameters()).device
@@ -91,15 +89,20 @@ class LocalTeacher:
         return scores
 
     @torch.no_grad()
-    def response_logits(self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
-        """Logits / temperature that predict the tokens at ``positions``, without gradient: F32[T, V].
+    def response_hidden(self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
+        """Hidden states that predict the tokens at ``positions``, without gradient: [T, H], for ``project``.
 
         Args:
             input_ids: I[B, L] on the teacher's device.
             attention_mask: I[B, L], or None when padding is on the right.
             positions: I[T, 2] of (row, column) of the predicted tokens.
         """
-        return response_logits(self.view, input_ids, attention_mask, positions, self.temperature)
+        return self.view.response_hidden(input_ids, attention_mask, positions)
+
+    @torch.no_grad()
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits / temperature of hidden states, without gradient: F32[T, V] (float64 for a float64 model)."""
+        return tempered(self.view.project(hidden), self.temperature)
 
     def _can_score(self, rollout: Rollout) -> bool:
         length = len(rollout.prompt_token_ids) + len(rollout.token_ids)
@@ -127,8 +130,6 @@ class LocalTeacher:
             self._refuse_nan(rollout, values)
             floored = int((values < self.log_prob_floor).sum())
             scores.append(TeacherScore(values.clamp_min(self.log_prob_floor).tolist(), floored))
-            self.scored_tokens += len(rollout.token_ids)
-            self.scored_rollouts += 1
         return scores
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,21 +61,31 @@ def open_trackers(names: Sequence[str], run: RunDescription) -> list[Tracker]:
         ConfigError: an unknown name, or one whose library is not installed (naming the extra).
     """
     opened: list[Tracker] = []
-    for name in names:
-        if name not in _KNOWN:
-            raise ConfigError(f"run.trackers has {name!r}", f"some of {', '.join(_KNOWN)}", "change run.trackers")
-        module, cls, library = _KNOWN[name]
-        try:
-            importlib.import_module(library)
-            tracker: Tracker = getattr(importlib.import_module(module), cls)(run)
-        except ImportError as error:
-            raise ConfigError(
-                f"run.trackers has {name!r} but {error.name or library} is not installed",
-                f"the extra [{name}]",
-                f"pip install 'scope-opd[{name}]', or take it out of run.trackers",
-            ) from None
-        opened.append(tracker)
+    try:
+        for name in names:
+            opened.append(_open(name, run))  # noqa: PERF401 - what is open is closed if the next one fails
+    except BaseException:
+        for tracker in opened:
+            with suppress(Exception):  # the error at hand is the one to tell
+                tracker.close()
+        raise
     return opened
+
+
+def _open(name: str, run: RunDescription) -> Tracker:
+    if name not in _KNOWN:
+        raise ConfigError(f"run.trackers has {name!r}", f"some of {', '.join(_KNOWN)}", "change run.trackers")
+    module, cls, library = _KNOWN[name]
+    try:
+        importlib.import_module(library)
+        tracker: Tracker = getattr(importlib.import_module(module), cls)(run)
+    except ImportError as error:
+        raise ConfigError(
+            f"run.trackers has {name!r} but {error.name or library} is not installed",
+            f"the extra [{name}]",
+            f"pip install 'scope-opd[{name}]', or take it out of run.trackers",
+        ) from None
+    return tracker
 
 
 def numbers(row: Mapping[str, Any]) -> dict[str, float]:

@@ -7,7 +7,7 @@ uninterrupted one does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -31,10 +31,11 @@ class Alarms:
 
     Args:
         config: actions and limits.
-        weights_use_tau: whether the method has perplexity weights; without them ``uniform_weights`` is silent.
+        weights_use_tau: the paths ("student", "teacher") with perplexity weights; ``uniform_weights`` is silent on
+            the others.
     """
 
-    def __init__(self, config: AlarmsConfig, *, weights_use_tau: bool) -> None:
+    def __init__(self, config: AlarmsConfig, *, weights_use_tau: Collection[str]) -> None:
         self.config = config
         self.weights_use_tau = weights_use_tau
         self._entropies: list[float] = []
@@ -54,10 +55,10 @@ class Alarms:
         self._entropies, self._first_lengths = list(state["entropies"]), list(state["lengths"])
         self._first_norms, self._ringing = list(state["norms"]), set(state["ringing"])
 
-    def check(self, metrics: Mapping[str, Any]) -> list[Alarm]:
-        """The alarms that ring on this row of metrics, in a fixed order."""
+    def check(self, metrics: Mapping[str, Any], *, broken: str = "loss or gradient is not finite") -> list[Alarm]:
+        """The alarms that ring on this row of metrics, in a fixed order; ``broken`` says what is not finite, if so."""
         rings = []
-        for key, message in self._conditions(metrics):
+        for key, message in self._conditions(metrics, broken):
             name = key.partition("/")[0]
             action: AlarmAction = getattr(self.config, name)
             begins = message is not None and key not in self._ringing
@@ -69,11 +70,10 @@ class Alarms:
                 rings.append(Alarm(name, action, message))
         return rings
 
-    def _conditions(self, row: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
+    def _conditions(self, row: Mapping[str, Any], broken: str) -> Iterator[tuple[str, str | None]]:
         """(key, message) of every alarm that could be judged; message None where all is well."""
         config = self.config
-        broken = row.get("update/not_finite", 0) > 0
-        yield "nan", "loss or gradient is not finite; the update was left out" if broken else None
+        yield "nan", f"{broken}; the update was left out" if row.get("update/not_finite", 0) > 0 else None
 
         entropy = row.get("entropy")
         if entropy is not None:
@@ -123,7 +123,7 @@ class Alarms:
 
         for path in ("student", "teacher"):
             size = row.get(f"ess/{path}")
-            if size is not None and self.weights_use_tau:
+            if size is not None and path in self.weights_use_tau:
                 uniform = size > config.uniform_ess
                 yield (
                     f"uniform_weights/{path}",

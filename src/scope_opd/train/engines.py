@@ -49,6 +49,21 @@ class TokenFunction(Protocol):
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor: ...
 
 
+class TeacherHead(Protocol):
+    """An in-process teacher whose logits are wanted in full, a chunk of tokens at a time.
+
+    Computes without gradient and in the teacher's own dtype: it is called outside the student's autocast.
+    """
+
+    def response_hidden(self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
+        """[T, H] at the places that predict the tokens at ``positions``; arguments as for ``TokenFunction``."""
+        ...
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits / temperature, [c, V], of some of those hidden states."""
+        ...
+
+
 # (step, policy_version) -> the rows for eval.jsonl, one a temperature; a plain or a coroutine function.
 Evaluator = Callable[[int, int], Rows | Awaitable[Rows]]
 
@@ -66,10 +81,10 @@ class SurrogateSettings:
         student_temperature: the temperature of the student's log-probs in the objective: the sampling temperature for
             the conventions ``matched`` and ``released``, 1 for ``raw``.
         sampled_by: "student", or "teacher" (kd): then c = 1 and rho = 1 in value.
-        distill: "sampled", or "full_kl" (needs ``Engines.teacher_logits``).
+        distill: "sampled", or "full_kl" (needs ``Engines.teacher_head``).
         reference_kl: coefficient of the k3 estimate of KL(student || reference); > 0 needs ``Engines.reference``.
-        common_vocabulary: ids 0 .. common_vocabulary - 1 are those that student and teacher share (full_kl
-            renormalises both over them); None: as many as the smaller head has.
+        common_vocabulary: the ids that mean the same to student and teacher; full_kl renormalises both over those of
+            them that both heads have. None: all ids of the smaller head.
     """
 
     aggregation: Aggregation = "prompt"
@@ -81,7 +96,7 @@ class SurrogateSettings:
     sampled_by: Literal["student", "teacher"] = "student"
     distill: Literal["sampled", "full_kl"] = "sampled"
     reference_kl: float = 0.0
-    common_vocabulary: int | None = None
+    common_vocabulary: Sequence[int] | None = None
 
 
 @dataclass(slots=True)
@@ -98,14 +113,14 @@ class Engines:
         schedule: prompts of each step.
         sampling: how responses are drawn.
         surrogate: aggregation, clips, temperatures.
-        teacher_logits: the in-process teacher's logits F[T, V] / temperature at the positions, for
-            ``distill = "full_kl"``.
+        teacher_head: the in-process teacher, for ``distill = "full_kl"``.
         reference: log-probs F[T] of a frozen reference at the objective's student temperature, for
             ``reference_kl`` > 0.
         evaluator: called with (step, policy_version) where ``[eval]`` says so; returns rows for eval.jsonl (each gets
             "step" where it has none).
-        weights_use_tau: whether the method weights rollouts by perplexity ** (1 / tau): only then does the alarm
-            ``uniform_weights`` ("tau does nothing here") mean anything.
+        weights_use_tau: the paths ("student", "teacher") on which the method weights rollouts by
+            perplexity ** (1 / tau): only there does the alarm ``uniform_weights`` ("tau does nothing here") mean
+            anything.
     """
 
     model: PreTrainedModel
@@ -115,10 +130,10 @@ class Engines:
     schedule: PromptSchedule
     sampling: SamplingParams
     surrogate: SurrogateSettings
-    teacher_logits: TokenFunction | None = None
+    teacher_head: TeacherHead | None = None
     reference: TokenFunction | None = None
     evaluator: Evaluator | None = None
-    weights_use_tau: bool = False
+    weights_use_tau: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

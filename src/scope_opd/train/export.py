@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from scope_opd.config import Config
@@ -51,8 +52,11 @@ def export_model(
         tokenizer.save_pretrained(writing)
         (writing / "README.md").write_text(model_card(config, steps, metrics, evaluations), encoding="utf-8")
         replace_folder(writing, folder)
-    except Exception as error:  # whatever save_pretrained raises on a full disk; it has several kinds
+    except Exception as error:
         shutil.rmtree(writing, ignore_errors=True)
+        # A fast tokenizer reports a full disk as a bare Exception; any other kind is a bug, not the disk.
+        if type(error) is not Exception and not isinstance(error, (OSError, RuntimeError, SafetensorError)):
+            raise
         raise RunFailed(
             f"export {folder} could not be written: {error}",
             "room for it on the disk",

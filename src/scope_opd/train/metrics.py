@@ -138,8 +138,8 @@ def step_metrics(
         "mismatch/capped_share": _tensor_mean(tokens.capped) if mismatch else None,
         "clip/share": outcome.clipped if trained else None,
         "kl/reference": outcome.kl_reference,
-        "ppl/student_mean": _mean(math.exp(student_nll(r)) for r in student),
-        "ppl/teacher_mean": _mean(math.exp(nll) for r in teacher if (nll := teacher_nll(r)) is not None),
+        "ppl/student_mean": _mean(_perplexity(student_nll(r)) for r in student),
+        "ppl/teacher_mean": _mean(_perplexity(nll) for r in teacher if (nll := teacher_nll(r)) is not None),
         "tokens/trained": batch.tokens,
         "padding/share": batch.padding,
         "time/generation_s": stats.generation_s,
@@ -223,6 +223,11 @@ def _truncated_weight(rollouts: Sequence[Rollout]) -> float | None:
     if total == 0.0:
         return None
     return sum(w for w, r in zip(weights, rollouts, strict=True) if r.finish_reason == "length") / total
+
+
+def _perplexity(nll: float) -> float:
+    """exp(nll); infinite (null in the row) where a float has no room for it."""
+    return math.exp(nll) if nll <= 700.0 else math.inf
 
 
 def _owned_by(owner: Tensor, rollouts: Sequence[Rollout], chosen: Sequence[Rollout]) -> Tensor:

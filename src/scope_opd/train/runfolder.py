@@ -198,7 +198,11 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def _without_none(value: Any) -> Any:
-    """TOML has no null: a key that is None is left out, which reads back as its default."""
+    """TOML has no null, so a key that is None is left out.
+
+    It reads back as None, for None is the default of every key that may hold it (a switch that is on by default is
+    turned off by a word, as ``train.grad_clip = "off"``).
+    """
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):

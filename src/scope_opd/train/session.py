@@ -11,7 +11,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from scope_opd.config import Config
-from scope_opd.errors import RunFailed, RunFolderError
+from scope_opd.errors import DataError, RunFailed, RunFolderError
 from scope_opd.pipeline import Collected
 from scope_opd.tracking import Tracker, open_trackers
 from scope_opd.tracking.base import RunDescription, numbers
@@ -43,6 +43,9 @@ from scope_opd.train.resume import refuse_other_config, refuse_to_start_over
 from scope_opd.train.runfolder import RunFolder
 from scope_opd.train.signals import Interrupted, RunInterrupted, Signals
 from scope_opd.train.step import Learner, Outcome
+
+# Entries of an evaluation's row that say how it was taken, not how it came out.
+_NO_FIGURES = {"step", "policy_version", "temperature", "problems", "n", "sampling"}
 
 
 class Session:
@@ -96,10 +99,16 @@ class Session:
             self._close()
 
     def _close(self) -> None:
-        self._display.close()
-        for tracker in self._trackers:
-            tracker.close()
-        self._folder.close()
+        try:
+            for tracker in self._trackers:
+                try:
+                    tracker.close()
+                except Exception as error:  # another's library; the run's own files are complete without it
+                    with suppress(RunFailed):
+                        self._say("warning", f"tracker {tracker.name} did not close: {type(error).__name__}: {error}")
+        finally:
+            self._display.close()
+            self._folder.close()
 
     def _start(self) -> None:
         config, folder, damage = self.config, self._folder, list[str]()
@@ -175,7 +184,7 @@ class Session:
     def one_step(self) -> Iterator[None]:
         """The stretch of one step. Weights that change inside it are logged before a signal is heeded."""
         self._began = time.perf_counter()
-        with ExitStack() as self._stretch:
+        with _wrong_data_fails_the_run(), ExitStack() as self._stretch:
             yield
             assert not self._half_done, "a step whose weights changed was not logged"
 
@@ -223,10 +232,16 @@ class Session:
         dumped = rollout_rows(
             rollouts, outcome, step=self.step, limit=self.config.run.rollouts_logged, tokenizer=self.engines.tokenizer
         )
-        rings = self._alarms.check(row)
+        culprit = None if outcome.broken is None else rollouts[outcome.broken].id
+        rings = self._alarms.check(
+            row,
+            broken="the gradient is not finite, though every loss is" if culprit is None
+            else f"the loss of rollout {culprit!r} is not finite",
+        )  # fmt: skip
         self._folder.append("rollouts", dumped)
         for alarm in rings:
-            self._say("alarm", alarm.message, name=alarm.name, action=alarm.action)
+            more = {"rollout": culprit} if alarm.name == "nan" else {}
+            self._say("alarm", alarm.message, name=alarm.name, action=alarm.action, **more)
         self._folder.append("metrics", [row])
         self.step += 1
         self.policy_version += outcome.updates
@@ -287,9 +302,10 @@ class Session:
 
     def _evaluate(self) -> None:
         assert self.engines.evaluator is not None
-        answer = self.engines.evaluator(self.step, self.policy_version)
-        if inspect.isawaitable(answer):
-            answer = asyncio.run(_wait(answer))
+        with _wrong_data_fails_the_run() if self.step else nullcontext():
+            answer = self.engines.evaluator(self.step, self.policy_version)
+            if inspect.isawaitable(answer):
+                answer = asyncio.run(_wait(answer))
         rows = [{"step": self.step, **row} for row in answer]
         with self._signals.shielded():
             self._folder.append("eval", rows)
@@ -299,7 +315,8 @@ class Session:
 
     def _track_evaluation(self, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
-            values = {f"eval/T{row.get('temperature', 0):g}/{key}": v for key, v in numbers(row).items()}
+            figures = numbers({key: value for key, value in row.items() if key not in _NO_FIGURES})
+            values = {f"eval/T{row.get('temperature', 0):g}/{key}": value for key, value in figures.items()}
             for tracker in self._trackers:
                 tracker.log(values, self.step)
 
@@ -335,6 +352,15 @@ class Session:
     def _say(self, kind: str, message: str, **more: Any) -> None:
         self._folder.event(self.step, kind, message, **more)
         self._display.note(f"{kind}: {message}")
+
+
+@contextmanager
+def _wrong_data_fails_the_run() -> Iterator[None]:
+    """What a verifier or a method finds wrong once training goes on is the run's failure, not the user's."""
+    try:
+        yield
+    except DataError as error:
+        raise RunFailed(error.found, error.expected, error.remedy) from error
 
 
 async def _wait(answer: Any) -> Any:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from scope_opd.config import TrainConfig
-from scope_opd.models.head import HeadView, TokenScores, map_logits, response_logprobs
-from scope_opd.objective.logprobs import tempered, token_entropy, token_logprobs
+from scope_opd.models.head import HeadView, TokenScores, map_logits, response_logprobs, score_hidden
+from scope_opd.objective.logprobs import tempered
 from scope_opd.objective.surrogate import full_kl, reference_kl, sampler_correction, surrogate
 from scope_opd.train.batch import Batch, MicroBatch
 from scope_opd.train.engines import Engines, SurrogateSettings
@@ -62,6 +62,8 @@ class Outcome:
         loss, grad_norm: means over the passes; None where not finite.
         updates: optimiser steps taken, 0 when nothing was unmasked or a number was not finite.
         finite: whether all losses and gradients were finite.
+        broken: the rollout (index within the step) of the first token whose loss is not finite; None where every loss
+            is, whatever the gradient.
         clipped: share of the tokens, over all passes, where a PPO clip acted.
         kl_reference: mean k3 estimate a token; None without a reference.
         tokens: per-token figures.
@@ -71,6 +73,7 @@ class Outcome:
     grad_norm: float | None
     updates: int
     finite: bool
+    broken: int | None
     clipped: float
     kl_reference: float | None
     tokens: TokenFigures
@@ -90,7 +93,7 @@ class Learner:
     """The student's weights, their optimiser, and the one way in which they change.
 
     Args:
-        engines: model, surrogate settings, optional teacher logits and reference.
+        engines: model, surrogate settings, optional teacher head and reference.
         config: optimiser, updates a batch, clipping, precision.
     """
 
@@ -98,10 +101,10 @@ class Learner:
         self.model: nn.Module = engines.model
         self.settings: SurrogateSettings = engines.surrogate
         self.config = config
-        self.teacher_logits = engines.teacher_logits
+        self.teacher_head = engines.teacher_head
         self.reference = engines.reference
-        if self.settings.distill == "full_kl" and self.teacher_logits is None:
-            raise ValueError("distill = 'full_kl' without teacher_logits; expected an in-process teacher")
+        if self.settings.distill == "full_kl" and self.teacher_head is None:
+            raise ValueError("distill = 'full_kl' without teacher_head; expected an in-process teacher")
         if self.settings.reference_kl > 0 and self.reference is None:
             raise ValueError(f"reference_kl = {self.settings.reference_kl} without a reference; expected its log-probs")
         self.view = HeadView(engines.model)
@@ -110,6 +113,9 @@ class Learner:
         self.device = parameter.device
         self._autocast = parameter.is_cuda and parameter.dtype == torch.float32
         self._dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        # Sorted and each once: as many ids as the heads are wide are then all of them.
+        ids = self.settings.common_vocabulary
+        self._common = None if ids is None else torch.tensor(sorted(set(ids)), dtype=torch.long, device=self.device)
         if config.gradient_checkpointing:
             model = engines.model
             # The method's name changed within the versions of transformers that are supported.
@@ -137,14 +143,16 @@ class Learner:
         passes = self.config.updates_per_batch if batch.micro else 0
         recorded = self._record(batch) if passes > 1 else [None] * len(batch.micro)
         losses, norms, figures, references, clipped = [], [], [], [], []
-        updates, finite = 0, True
+        updates, finite, broken = 0, True, None
         for number in range(passes):
             on_phase("forward_backward")
             self.optimizer.zero_grad()
             total = torch.zeros((), dtype=torch.float64, device=self.device)
+            terms: list[Tensor] = []
             for index, micro in enumerate(batch.micro):
                 result = self._backward(micro.to(self.device, self._dtype), batch.tokens, recorded[index])
-                total += result.loss.detach().sum().double()
+                terms.append(result.loss.detach())
+                total += terms[-1].sum().double()
                 clipped.append(result.clipped)
                 if number == 0:
                     figures.append(result.figures)
@@ -155,6 +163,7 @@ class Learner:
             norms.append(float(norm))
             finite = math.isfinite(losses[-1]) and math.isfinite(norms[-1])
             if not finite:
+                broken = _first_broken(batch, terms)
                 break
             if number == 0:
                 before_change()
@@ -167,6 +176,7 @@ class Learner:
             grad_norm=_mean(norms) if norms else 0.0,
             updates=updates,
             finite=finite,
+            broken=broken,
             clipped=float(torch.cat(clipped).double().mean()) if clipped else 0.0,
             kl_reference=float(torch.cat(references).mean()) if self.reference and references else None,
             tokens=_join(figures),
@@ -260,40 +270,49 @@ class Learner:
 
         The KL is computed where the method distils and is 0 elsewhere; the teacher reads only the rows that need it.
         """
-        settings, extra = self.settings, self._extra_temperature()
+        settings, teacher = self.settings, self.teacher_head
+        assert teacher is not None
 
-        def score(logits: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
+        def divergence(logits: Tensor, theirs: Tensor) -> tuple[Tensor]:
             own = tempered(logits, settings.student_temperature)
-            outputs = [token_logprobs(own, wanted)]
-            with torch.no_grad():
-                outputs.append(token_entropy(own))
-                if extra is not None:
-                    outputs.append(token_logprobs(logits, wanted, extra))
-            return tuple(outputs)
-
-        def divergence(logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor]:
-            own = tempered(logits, settings.student_temperature)
-            common = settings.common_vocabulary or min(teacher_logits.shape[-1], own.shape[-1])
-            return (full_kl(own[:, :common], teacher_logits[:, :common].to(own.dtype)),)
+            with torch.no_grad(), self._own_dtype():
+                other = teacher.project(theirs).to(own.dtype)
+            return (full_kl(*self._over_common_ids(own, other)),)
 
         with self._precision():
             hidden = self.view.response_hidden(micro.input_ids, None, micro.positions)
-            wanted = micro.input_ids[micro.positions[:, 0], micro.positions[:, 1]]
-            results = map_logits(self.view, hidden, score, wanted)
-            kl = torch.zeros_like(results[0])
+            scores = score_hidden(
+                self.view,
+                hidden,
+                micro.input_ids[micro.positions[:, 0], micro.positions[:, 1]],
+                settings.student_temperature,
+                extra_temperature=self._extra_temperature(),
+            )
+            kl = torch.zeros_like(scores.logprobs)
             places = (micro.distill != 0).nonzero().squeeze(-1)
             if places.numel():
-                (found,) = map_logits(self.view, hidden[places], divergence, self._teacher_rows(micro, places))
+                (found,) = map_logits(self.view, hidden[places], divergence, self._teacher_hidden(micro, places))
                 kl = kl.index_put((places,), found)
-        return TokenScores(results[0], results[1], results[2] if extra is not None else None), kl
+        return scores, kl
 
-    @torch.no_grad()
-    def _teacher_rows(self, micro: MicroBatch, places: Tensor) -> Tensor:
-        """The teacher's logits at the tokens ``places`` of a micro-batch, [len(places), V]."""
-        assert self.teacher_logits is not None
+    def _teacher_hidden(self, micro: MicroBatch, places: Tensor) -> Tensor:
+        """The teacher's hidden states at the tokens ``places`` of a micro-batch, [len(places), H]."""
+        assert self.teacher_head is not None
         rows, row_of = micro.positions[places, 0].unique(return_inverse=True)
         positions = torch.stack((row_of, micro.positions[places, 1]), dim=1)
-        return self.teacher_logits(micro.input_ids[rows], micro.attention_mask[rows], positions)
+        with torch.no_grad(), self._own_dtype():
+            return self.teacher_head.response_hidden(micro.input_ids[rows], micro.attention_mask[rows], positions)
+
+    def _over_common_ids(self, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """Both logits at the ids that mean the same to both and that both heads have."""
+        width = min(own.shape[-1], other.shape[-1])
+        own, other = own[:, :width], other[:, :width]
+        if self._common is None:
+            return own, other
+        ids = self._common[self._common < width]
+        if not ids.numel():
+            raise ValueError(f"common_vocabulary has no id below {width}; expected ids that both heads have")
+        return (own, other) if ids.numel() == width else (own[:, ids], other[:, ids])
 
     def _extra_temperature(self) -> float | None:
         """A second temperature of the same hidden states, where c needs one."""
@@ -315,12 +334,17 @@ class Learner:
         """Norm of the whole gradient; clipped in place to ``grad_clip`` where it is finite."""
         grads = [parameter.grad for parameter in self.optimizer.parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        if self.config.grad_clip is not None and torch.isfinite(norm):
-            torch.nn.utils.clip_grads_with_norm_(self.optimizer.parameters, self.config.grad_clip, norm)
+        limit = self.config.grad_clip
+        if isinstance(limit, float) and torch.isfinite(norm):  # else "off"
+            torch.nn.utils.clip_grads_with_norm_(self.optimizer.parameters, limit, norm)
         return norm
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._autocast)
+
+    def _own_dtype(self) -> torch.autocast:
+        """Without the student's autocast."""
+        return torch.autocast(self.device.type, enabled=False)
 
     @contextmanager
     def _training(self) -> Iterator[None]:
@@ -339,6 +363,15 @@ class Learner:
 def _mean(values: list[float]) -> float | None:
     mean = sum(values) / len(values)
     return mean if math.isfinite(mean) else None
+
+
+def _first_broken(batch: Batch, losses: list[Tensor]) -> int | None:
+    """The rollout of the first token whose loss is not finite."""
+    for micro, loss in zip(batch.micro, losses, strict=True):
+        places = loss.isfinite().logical_not().nonzero()
+        if places.numel():
+            return int(micro.rollout[int(places[0])])
+    return None
 
 
 def _join(figures: list[TokenFigures]) -> TokenFigures:
