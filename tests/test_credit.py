@@ -6,7 +6,7 @@ import dataclasses
 import math
 import random
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -231,17 +231,10 @@ def test_a_users_method_gets_groups_and_its_numbers_are_written() -> None:
 
     @register("by_length")
     @dataclass(frozen=True)
-    class ByLength:
+    class ByLength(methods.MethodDefaults):
         """Reinforces correct rollouts by power / length and masks the rest."""
 
-        sampled_by: ClassVar[str] = "student"
-        aggregation: ClassVar[str] = "prompt"
-        clip: ClassVar[float | None] = None
-        dual_clip: ClassVar[float | None] = None
         power: float = 1.0
-
-        def needs_teacher(self, correct: bool) -> bool:
-            return False
 
         def credit(self, group: Group) -> Credit:
             seen.append(group)

@@ -1,7 +1,7 @@
 """A run killed by SIGKILL in any phase and resumed ends as if nothing had happened: real processes, real kills.
 
 One run is killed again and again (each resumption is killed too), at a chosen phase and a small delay into it, then
-finished and compared bit by bit with a run that was left alone. `make kill-test` kills 20 times; the test suite, once
+finished and compared bit by bit with a run that was left alone. `make kill-test` kills 20 times; the test suite, twice
 in each phase.
 """
 
@@ -102,7 +102,7 @@ def lasting(folder: Path, name: str) -> list[dict]:
 
 
 def test_a_run_killed_in_every_phase_and_resumed_equals_an_uninterrupted_one(tmp_path: Path) -> None:
-    kills = int(os.environ.get("SCOPE_KILLS", len(PHASES)))
+    kills = int(os.environ.get("SCOPE_KILLS", 2 * len(PHASES)))
     config = tmp_path / "run.toml"
     config.write_text(CONFIG)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
