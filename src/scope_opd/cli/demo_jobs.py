@@ -272,8 +272,8 @@ def print_table(summary: dict[str, Any]) -> None:
         cells.append("-" if entropy is None else f"{entropy:.3f}")
         table.add_row(*map(escape, cells))
     console.print(table)
-    for row in summary["differences"]:
-        if row["figure"].startswith("avg") and row["temperature"] == temperatures[0]:
+    for row in sorted(summary["differences"], key=lambda row: float(row["temperature"])):
+        if row["figure"].startswith("avg"):
             low, high = row["ci95"]
             margin = "" if row["seed_margin"] is None else f", seeds +-{row['seed_margin']:.1f}"
             verdict = "" if row["resolved"] else ": not resolved"
