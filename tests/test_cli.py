@@ -9,7 +9,6 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -37,14 +36,6 @@ SETTINGS = [
     "objective.truncated=incorrect", "train.steps=2", "train.prompts_per_step=2", "train.lr=1e-3",
     "run.alarms.uniform_weights=off", "run.alarms.truncation=off",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """Commands may set the thread count of the process; put it back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

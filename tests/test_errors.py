@@ -10,7 +10,6 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -281,13 +280,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}, weights_file, {"format": "pt"}
     )
     return folder
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def fingerprints(folder: Path) -> dict[str, str]:

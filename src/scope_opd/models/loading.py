@@ -96,6 +96,8 @@ def load_model(
             model, report = AutoModelForCausalLM.from_pretrained(
                 target, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **options
             )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # the folder may well be whole: whoever asked for the model says what to do about memory
     except Exception as error:
         raise _explain(error, path, f"a causal LM that transformers can load in {dtype}") from error
     missing = sorted(report["missing_keys"])
