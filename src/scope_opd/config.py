@@ -96,9 +96,16 @@ class TeacherConfig(Table):
 
 
 class DataConfig(Table):
-    """Where problems come from: ``zoo`` or a ``.jsonl``, ``.json`` or ``.parquet`` file; columns by name.
+    """Where problems come from: ``zoo``, a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, or a hub data set.
 
+    A hub data set is ``hf:OWNER/NAME``, with ``?subset=..&split=..&revision=..`` behind it as needed. Columns are
+    named; a dotted name (``extra.answer``) reaches into an object, and a problem column may hold chat messages.
+    The layout of verl's users (``prompt``, ``reward_model.ground_truth``) is recognised where the columns are left at
+    their defaults. ``fix_double_braces`` mends a literal ``boxed{{}}`` in prompts.
+    ``on_bad_row``: a row that fails a check ends the run with one line ("error"), or is counted and listed ("skip").
     ``max_rows`` takes the first rows of ``train`` only; ``eval.problems`` does so for evaluation.
+    ``verifier``: "auto" is the zoo's own for the zoo, else maths or code by the shape of each answer; "boxed" compares
+    the last box as text.
     """
 
     train: UserPath = "zoo"
@@ -106,10 +113,33 @@ class DataConfig(Table):
     problem_column: str = "problem"
     answer_column: str = "answer"
     id_column: str = "id"
-    verifier: Literal["auto", "zoo", "boxed"] = "auto"
+    fix_double_braces: bool = False
+    on_bad_row: Literal["error", "skip"] = "error"
+    verifier: Literal["auto", "zoo", "math", "code", "boxed"] = "auto"
     max_prompt_tokens: PositiveInt = 4096
     shuffle: bool = True
     max_rows: PositiveInt | None = None
+
+
+class VerifyConfig(Table):
+    """How answers are judged, in training and evaluation alike (docs/judging.md).
+
+    ``scope``: what of a response may hold the answer, "after_think" (what follows the thinking block) or "all".
+    ``fallback``: without a box, take what follows "answer is" or the last number. ``tolerance``: for numbers, absolute
+    (0.01) or relative ("1%"); a row's own wins. ``timeout_s``: CPU seconds a maths answer at most.
+    ``workers``: processes that judge; None: one for each core.
+    ``code_timeout_s``, ``code_memory_mb``: wall time and memory that a solution may use for one test.
+    ``allow_unsandboxed`` runs code without bubblewrap: only where all of it is trusted.
+    """
+
+    scope: Literal["after_think", "all"] = "after_think"
+    fallback: bool = True
+    tolerance: NonNegativeFloat | str | None = None
+    timeout_s: PositiveFloat = 5.0
+    workers: PositiveInt | None = None
+    code_timeout_s: PositiveFloat = 10.0
+    code_memory_mb: PositiveInt = 1024
+    allow_unsandboxed: bool = False
 
 
 class ChatConfig(Table):
@@ -267,6 +297,7 @@ class Config(Table):
     model: ModelConfig = Field(default_factory=ModelConfig)
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
     data: DataConfig = Field(default_factory=DataConfig)
+    verify: VerifyConfig = Field(default_factory=VerifyConfig)
     chat: ChatConfig = Field(default_factory=ChatConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)

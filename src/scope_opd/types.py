@@ -21,7 +21,7 @@ class Prompt:
     Attributes:
         id: unique within its data set; seeds and groups derive from it.
         problem: the problem as the data set has it (before any chat template).
-        answer: the gold answer, in whatever form the verifier takes.
+        answer: the gold answer, in one of the forms of ``scope_opd.gold``.
         token_ids: the rendered prompt as the student's token ids.
         text: the rendered prompt as text.
         fields: every other column of the row (source, level, a routing key ...).
@@ -150,7 +150,11 @@ class Sampler(Protocol):
 
 @runtime_checkable
 class Verifier(Protocol):
-    """Judges one response. The verdict is a function of (response, problem, gold, settings) alone."""
+    """Judges one response. The verdict is a function of (response, problem, gold, settings) alone.
+
+    Every step and every evaluation has an event loop of its own: a verifier holds nothing that belongs to one. One
+    that holds processes has a ``close()`` besides, ends them at exit, and may be closed twice.
+    """
 
     async def verify(self, rollout: Rollout, prompt: Prompt) -> Verdict: ...
 

@@ -1,0 +1,5 @@
+"""``scope compare``."""
+
+from __future__ import annotations
+
+EXAMPLES = ""

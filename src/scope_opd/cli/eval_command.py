@@ -1,0 +1,5 @@
+"""``scope eval``."""
+
+from __future__ import annotations
+
+EXAMPLES = ""

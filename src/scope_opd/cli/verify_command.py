@@ -1,0 +1,5 @@
+"""``scope verify``."""
+
+from __future__ import annotations
+
+EXAMPLES = ""

@@ -1,0 +1,1 @@
+"""The code verifier: formats of tasks, and running solutions against tests."""

@@ -1,0 +1,1 @@
+"""Running untrusted code apart from everything else."""
