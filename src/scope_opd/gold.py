@@ -82,7 +82,7 @@ def parse_math_gold(answer: Any) -> MathGold:
     if not isinstance(items, list | tuple) or not items:
         raise ValueError(f"{forms[0]} is {_shown(items)}; expected a list of answers, not empty")
     if forms[0] == "all_of":
-        alternatives = (tuple(_text(item) for item in items),)
+        alternatives: tuple[tuple[str, ...], ...] = (tuple(_text(item) for item in items),)
     else:
         alternatives = tuple(_alternative(item) for item in items)
     tolerance = parse_tolerance(answer["tolerance"]) if answer.get("tolerance") is not None else None
