@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from shared_data import DATA, NO_DATA
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +16,21 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With SCOPE_NO_SKIPS=1 (as in CI) a test that skips fails the run: a missing part must not look like success.
+
+    Only a checkout that has no benchmark data beside it may do without the tests that read them.
+    """
+    if not os.environ.get("SCOPE_NO_SKIPS") or hasattr(session.config, "workerinput"):
+        return
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = [report for report in reporter.stats.get("skipped", []) if not _lacks_data(report)]
+    if skipped:
+        reporter.write_line(f"SCOPE_NO_SKIPS: {len(skipped)} tests skipped, the first {skipped[0].nodeid}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _lacks_data(report: pytest.TestReport) -> bool:
+    return not DATA.is_dir() and NO_DATA in str(report.longrepr)
