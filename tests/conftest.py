@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from shared_data import DATA, NO_DATA
 
 
