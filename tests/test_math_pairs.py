@@ -2,8 +2,8 @@
 
 The labels say what a careful mathematician who grades final answers would say; they were written without knowledge of
 the verifier's rules. Each row: ``kind``, ``form``, ``prediction``, ``answer`` (a gold answer in any of its forms),
-``expected``, and for some ``problem`` and ``tolerance``. Not covered: the pairs of other projects, in
-test_math_verifier_pairs.
+``expected``, and for some ``problem`` and ``tolerance``. Not covered: the labelled
+pairs of other projects, which are not part of this one.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def disagreements(indices: list[int]) -> list[str]:
 def test_the_pairs_are_balanced_and_many() -> None:
     false = sum(not row["expected"] for row in ROWS)
     attacks = sum(row["kind"].startswith("attack") for row in ROWS)
-    assert len(ROWS) >= 350 and false >= 0.45 * len(ROWS) and attacks >= 60
+    assert len(ROWS) >= 350
+    assert false >= 0.45 * len(ROWS)
+    assert attacks >= 60
     assert sum(row["kind"] in BOMBS for row in ROWS) >= 20
     assert len({row["id"] for row in ROWS}) == len(ROWS)
 
