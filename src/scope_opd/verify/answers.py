@@ -1,0 +1,81 @@
+"""Maths and code behind one ``Verifier``: each answer goes where its shape says (``scope_opd.gold``).
+
+Not covered: the zoo's task and the comparison of boxes as text, which a config names by themselves.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from scope_opd.errors import DataError
+from scope_opd.gold import is_code
+from scope_opd.types import Prompt, Rollout, Verdict
+from scope_opd.verify.math_verifier import MathVerifier
+
+if TYPE_CHECKING:
+    from scope_opd.verify.code.verifier import CodeVerifier
+
+
+class AnswerVerifier:
+    """Dispatches on the form of the gold answer.
+
+    Args:
+        maths: judges maths; None refuses maths answers.
+        code: builds what judges code, when the first such answer comes; None refuses code.
+    """
+
+    def __init__(self, maths: MathVerifier | None, code: Callable[[], CodeVerifier] | None) -> None:
+        self.maths = maths
+        self._build_code = code
+        self._code: CodeVerifier | None = None
+        self._lock = threading.Lock()
+
+    def prepare(self, answers: Iterable[Any]) -> None:
+        """Look at the answers that will come, so that what cannot be judged here is known before anything is loaded.
+
+        Raises:
+            DataError: an answer of a kind that this verifier refuses.
+            ScopeError: code, and nothing to run it in.
+        """
+        for number, answer in enumerate(answers, start=1):
+            self._for(answer, f"answer {number}")
+
+    async def verify(self, rollout: Rollout, prompt: Prompt) -> Verdict:
+        """Judge ``rollout.text`` against ``prompt.answer``.
+
+        Raises:
+            DataError: an answer of a kind that is refused, or that is none; with the prompt's id.
+        """
+        return await self._for(prompt.answer, f"prompt {prompt.id!r}").verify(rollout, prompt)
+
+    @property
+    def code(self) -> CodeVerifier:
+        """What judges code, built at the first use.
+
+        Raises:
+            ScopeError: there is nothing to run it in.
+        """
+        with self._lock:
+            if self._code is None:
+                assert self._build_code is not None
+                self._code = self._build_code()
+            return self._code
+
+    def _for(self, answer: Any, where: str) -> MathVerifier | CodeVerifier:
+        if is_code(answer):
+            if self._build_code is None:
+                raise DataError(f"{where} is code, and the verifier is math", "maths", 'set data.verifier = "auto"')
+            return self.code
+        if self.maths is None:
+            raise DataError(f"{where} is not code, and the verifier is code", "code", 'set data.verifier = "auto"')
+        return self.maths
+
+    def close(self) -> None:
+        """End all processes; may be called twice."""
+        if self.maths is not None:
+            self.maths.close()
+        with self._lock:
+            if self._code is not None:
+                self._code.close()
