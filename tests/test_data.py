@@ -117,7 +117,7 @@ def parquet_without_rows(path: Path) -> Path:
 BAD_FILES: dict[str, tuple[str, Callable[[Path], Any], list[str]]] = {
     "missing": ("r.jsonl", lambda path: None, ["r.jsonl", "does not exist"]),
     "a folder": ("r.jsonl", Path.mkdir, ["r.jsonl", "folder"]),
-    "unknown kind": ("r.csv", lambda path: write(path, "x"), ["r.csv", ".parquet"]),
+    "unknown kind": ("r.xlsx", lambda path: write(path, "x"), ["r.xlsx", ".parquet"]),
     "empty": ("r.jsonl", lambda path: write(path, ""), ["r.jsonl", "empty"]),
     "blank lines only": ("r.jsonl", lambda path: write(path, "\n\n"), ["r.jsonl", "no rows"]),
     "empty list": ("r.json", lambda path: write(path, "[]"), ["r.json", "no rows"]),
@@ -136,11 +136,7 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], Any], list[str]]] = {
         lambda path: write_parquet(path, [{"problem": "p"}]),
         ["'answer'", "among problem"],
     ),
-    "problem is a chat": (
-        "r.parquet",
-        lambda path: write_parquet(path, [{"problem": [{"role": "user", "content": "p"}], "answer": "a"}]),
-        ["problem is", "(list)", "row 1"],
-    ),
+    "problem is a list": ("r.jsonl", lambda path: write(path, [{"problem": ["p"], "answer": "a"}]), ["(list)"]),
     "id on some rows": ("r.jsonl", lambda path: write(path, [ROWS[0], {"problem": "p", "answer": "a"}]), ["line 2"]),
     "duplicate ids": ("r.jsonl", lambda path: write(path, [ROWS[0], ROWS[0]]), ["line 2", "'a'", "line 1"]),
     "problem is a number": (

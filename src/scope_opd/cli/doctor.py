@@ -142,7 +142,8 @@ def settings_and_data(config: Config, longest: list[int]) -> Iterator[Finding]:
     yield checks.preset(config)
     if method.sampled_by == "teacher":
         yield checks.teacher_samples(config)
-    rows = inputs.load_rows(config, config.data.train, "train")
+    data = inputs.load_data(config, config.data.train, "train")
+    rows, warnings = data.rows, data.warnings
     characters = sorted(len(row.problem) for row in rows)
     middle = characters[len(characters) // 2]
     yield Finding("data.train", "ok", f"{len(rows)} rows, {middle} characters at the median, {characters[-1]} at most")
@@ -153,7 +154,8 @@ def settings_and_data(config: Config, longest: list[int]) -> Iterator[Finding]:
         )  # fmt: skip
     tokenizer = inputs.student_tokenizer(config)
     limits = inputs.contexts(config, with_teacher)
-    prompts = inputs.render(config, rows, tokenizer, limits, max_tokens=config.rollout.max_tokens)
+    prompts = inputs.render(config, rows, tokenizer, limits, max_tokens=config.rollout.max_tokens, warnings=warnings)
+    yield from (Finding("data.train", "warn", line) for line in warnings)
     lengths = sorted(len(prompt.token_ids) for prompt in prompts)
     needed = lengths[-1] + config.rollout.max_tokens
     longest.append(needed)
@@ -164,9 +166,11 @@ def settings_and_data(config: Config, longest: list[int]) -> Iterator[Finding]:
     yield Finding("first prompt", "ok", repr(text if len(text) <= SHOWN_PROMPT else text[:SHOWN_PROMPT] + " ..."))
     held_out = inputs.eval_source(config)
     if held_out is not None:
-        eval_rows = inputs.load_rows(config, held_out, "heldout")[: config.eval.problems]
-        limit = {"student": limits["student"]}
-        eval_prompts = inputs.render(config, eval_rows, tokenizer, limit, max_tokens=inputs.eval_max_tokens(config))
+        eval_data = inputs.load_data(config, held_out, "heldout")
+        eval_rows, warnings = eval_data.rows[: config.eval.problems], eval_data.warnings
+        limit, max_tokens = {"student": limits["student"]}, inputs.eval_max_tokens(config)
+        eval_prompts = inputs.render(config, eval_rows, tokenizer, limit, max_tokens=max_tokens, warnings=warnings)
+        yield from (Finding("data.eval", "warn", line) for line in warnings)
         yield checks.overlap(prompts, eval_prompts)
 
 

@@ -23,7 +23,7 @@ from scope_opd.cli.inputs import (
     contexts,
     eval_max_tokens,
     eval_source,
-    load_rows,
+    load_data,
     needs_teacher,
     render,
     student_tokenizer,
@@ -77,14 +77,17 @@ def build_engines(config: Config) -> Built:
     method = build_configured_method(config)
     with_teacher = needs_teacher(config, method)
     held_out = eval_source(config)
-    rows = load_rows(config, config.data.train, "train")
-    eval_rows = load_rows(config, held_out, "heldout")[: config.eval.problems] if held_out else []
+    data = load_data(config, config.data.train, "train")
+    held_out_data = load_data(config, held_out, "heldout") if held_out else None
+    eval_rows = held_out_data.rows[: config.eval.problems] if held_out_data else []
+    warnings = [*data.warnings, *(held_out_data.warnings if held_out_data else [])]
     tokenizer = student_tokenizer(config)
     limits = contexts(config, with_teacher)
-    train_prompts = render(config, rows, tokenizer, limits, max_tokens=config.rollout.max_tokens)
-    eval_prompts = render(
-        config, eval_rows, tokenizer, {"student": limits["student"]}, max_tokens=eval_max_tokens(config)
+    train_prompts = render(
+        config, data.rows, tokenizer, limits, max_tokens=config.rollout.max_tokens, warnings=warnings
     )
+    limit = {"student": limits["student"]}
+    eval_prompts = render(config, eval_rows, tokenizer, limit, max_tokens=eval_max_tokens(config), warnings=warnings)
     schedule = PromptSchedule(
         train_prompts, config.train.prompts_per_step, seed=config.run.seed, shuffle=config.data.shuffle
     )
@@ -96,7 +99,7 @@ def build_engines(config: Config) -> Built:
     if with_teacher:
         theirs = teacher_tokenizer(config)
         findings.append(checks.compare_tokenizers(tokenizer, theirs))
-    warnings = checks.enforce(findings)
+    warnings += checks.enforce(findings)
     if held_out and len(eval_rows) < config.eval.problems:
         warnings.append(f"eval.problems = {config.eval.problems}: data.eval has {len(eval_rows)}, all are used")
 
@@ -305,7 +308,7 @@ def build_model_evaluator(config: Config) -> Callable[[int, int], Any]:
     if source is None:
         raise ConfigError("[eval] asks for no evaluation", "eval.at_end = true", "set it")
     tokenizer = student_tokenizer(config)
-    rows = load_rows(config, source, "heldout")[: config.eval.problems]
+    rows = load_data(config, source, "heldout").rows[: config.eval.problems]
     prompts = render(config, rows, tokenizer, contexts(config, False), max_tokens=eval_max_tokens(config))
     model = load_student(config, device)
     verifier, distinct_key = build_verifier(config)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from scope_opd.cli.names import nearest
 from scope_opd.config import Config
+from scope_opd.data.dataset import DataSet, read_dataset, skip_lines
 from scope_opd.data.prompts import render_prompts
-from scope_opd.data.rows import Columns, Row, check_rows, read_rows
+from scope_opd.data.rows import Columns, Row, Skipped, check_rows
 from scope_opd.errors import ConfigError
 from scope_opd.models.loading import context_length, load_tokenizer, resolve_path
 from scope_opd.objective.methods import Method, build_method, method_names
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
 ZOO = "zoo"
 
 
-def load_rows(config: Config, source: str, split: str) -> list[Row]:
-    """Rows of the zoo or of a file.
+def load_data(config: Config, source: str, split: str) -> DataSet:
+    """The zoo, a file or a hub data set, checked as ``[data]`` says.
 
     Args:
-        config: names the columns.
-        source: ``zoo`` or a file.
-        split: "train", of which ``data.max_rows`` are taken, or "heldout".
+        config: names the columns, and says what becomes of bad rows.
+        source: ``zoo``, a file or ``hf:OWNER/NAME?..``.
+        split: "train", of which ``data.max_rows`` are looked at, or "heldout".
     """
     data = config.data
     max_rows = data.max_rows if split == "train" else None
@@ -42,8 +43,19 @@ def load_rows(config: Config, source: str, split: str) -> list[Row]:
 
         rows = load_zoo("train" if split == "train" else "heldout")
         numbered = ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-        return check_rows(numbered, source=f"zoo ({split})", max_rows=max_rows)
-    return read_rows(source, Columns(data.problem_column, data.answer_column, data.id_column), max_rows=max_rows)
+        return DataSet(ZOO, check_rows(numbered, source=f"zoo ({split})", max_rows=max_rows))
+    return read_dataset(
+        source,
+        Columns(data.problem_column, data.answer_column, data.id_column),
+        max_rows=max_rows,
+        on_bad_row=data.on_bad_row,
+        fix_double_braces=data.fix_double_braces,
+    )
+
+
+def load_rows(config: Config, source: str, split: str) -> list[Row]:
+    """The rows of ``load_data`` alone, where nobody is there to read its warnings."""
+    return load_data(config, source, split).rows
 
 
 def eval_source(config: Config) -> str | None:
@@ -165,16 +177,28 @@ def render(
     limits: dict[str, int | None],
     *,
     max_tokens: int,
+    warnings: list[str] | None = None,
 ) -> list[Prompt]:
-    """Rows as prompts, with the config's chat settings and limits."""
-    return render_prompts(
+    """Rows as prompts, with the config's chat settings and limits.
+
+    With ``data.on_bad_row = "skip"`` rows that make no fitting prompt are left out, and a line in ``warnings`` says so.
+    """
+    skipped: list[Skipped] = []
+    prompts = render_prompts(
         rows,
         tokenizer,
         config.chat,
         max_prompt_tokens=config.data.max_prompt_tokens,
         max_tokens=max_tokens,
         contexts=limits,
+        skipped=skipped if config.data.on_bad_row == "skip" else None,
     )
+    if warnings is not None:
+        warnings += skip_lines("prompts", skipped, len(rows))
+        own = sum(bool(row.messages) and row.messages[0]["role"] == "system" for row in rows)
+        if own and config.chat.system is not None:
+            warnings.append(f"chat.system: {own} of {len(rows)} rows have a system message of their own, which stays")
+    return prompts
 
 
 def eval_max_tokens(config: Config) -> int:

@@ -1,4 +1,6 @@
-"""The data room: rows from files (``rows``), prompts from rows and the schedule that deals them out (``prompts``).
+"""The data room: rows of files and hub data sets, prompts from rows, duplicates and contamination.
 
-Importing it loads neither torch nor transformers; ``pyarrow`` is imported where a parquet file is opened.
+``files`` and ``hub`` read; ``rows`` and ``messages`` check; ``dataset`` joins them; ``prompts`` renders and schedules;
+``overlap`` compares data sets; ``adapters`` turns published answers into ours. Importing it loads neither torch nor
+transformers; ``pyarrow`` and ``datasets`` are imported where they are used.
 """

@@ -4,18 +4,22 @@ Rendering is the same for training and evaluation. Text and ids belong together:
 without further special tokens, since a template writes its own; a bare problem gets whatever the tokenizer puts in
 front (never an end token behind).
 
-Not covered: few-shot examples, tool definitions, images, prompts cut to length (too long is an error).
+A row with messages is rendered as it is, ``chat.suffix`` behind its last turn. Its own system message stays;
+``chat.system`` is for rows that have none. With ``chat.template = "none"`` a single user message is used as text.
+
+Not covered: few-shot examples, tool definitions, images, prompts cut to length (too long is a bad row).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scope_opd.config import ChatConfig
-from scope_opd.data.rows import Row
+from scope_opd.data.messages import conversation
+from scope_opd.data.rows import Row, Skipped
 from scope_opd.errors import ConfigError, DataError, ModelError
 from scope_opd.types import Prompt
 
@@ -34,6 +38,7 @@ def render_prompts(
     max_prompt_tokens: int,
     max_tokens: int = 0,
     contexts: Mapping[str, int | None] | None = None,
+    skipped: list[Skipped] | None = None,
 ) -> list[Prompt]:
     """Render and tokenise every row.
 
@@ -44,37 +49,68 @@ def render_prompts(
         max_prompt_tokens: longest prompt allowed.
         max_tokens: response tokens that must fit behind the prompt.
         contexts: context length in tokens by model name ("student"); None where a model states none.
+        skipped: where given, rows that make no fitting prompt are listed here and left out.
 
     Returns:
-        One ``Prompt`` a row, in order.
+        One ``Prompt`` a row, in order, less those that were skipped.
 
     Raises:
-        DataError: a prompt that is empty, too long, or leaves no room for ``max_tokens``, naming its row.
+        DataError: a prompt that is empty, too long, or leaves no room for ``max_tokens``, or messages that the
+            template refuses, naming the row; every row was skipped.
         ConfigError: ``chat`` asks for what the template cannot do.
         ModelError: the tokenizer has no chat template and none is given.
     """
-    texts = _render(rows, tokenizer, chat)
+    render = _renderer(tokenizer, chat)
+    texts, sound = [], []
+    for row in rows:
+        try:
+            texts.append(render(row))
+        except DataError as error:
+            _skip(row, error, skipped)
+            continue
+        sound.append(row)
     ids = _tokenise(texts, tokenizer, bare=chat.template == BARE)
     limits = {name: length for name, length in (contexts or {}).items() if length is not None}
     prompts = []
-    for row, text, token_ids in zip(rows, texts, ids, strict=True):
-        if not token_ids:
-            raise DataError(f"{row.where} (id {row.id!r}): an empty prompt", "at least one token", "check the template")
-        if len(token_ids) > max_prompt_tokens:
-            raise DataError(
-                f"{row.where} (id {row.id!r}): a prompt of {len(token_ids)} tokens",
-                f"at most data.max_prompt_tokens = {max_prompt_tokens}",
-                "raise it, or drop the row",
-            )
-        for name, limit in limits.items():
-            if len(token_ids) + max_tokens > limit:
-                raise DataError(
-                    f"{row.where} (id {row.id!r}): a prompt of {len(token_ids)} tokens and max_tokens = {max_tokens}",
-                    f"together at most {limit}, the context of the {name}",
-                    "lower rollout.max_tokens (or eval.max_tokens), or drop the row",
-                )
+    for row, text, token_ids in zip(sound, texts, ids, strict=True):
+        try:
+            _check_length(row, len(token_ids), max_prompt_tokens, max_tokens, limits)
+        except DataError as error:
+            _skip(row, error, skipped)
+            continue
         prompts.append(Prompt(row.id, row.problem, row.answer, tuple(token_ids), text, row.fields))
+    if rows and not prompts:
+        assert skipped
+        raise DataError(
+            f"none of {len(rows)} rows makes a prompt; the first, {skipped[-len(rows)].where}: "
+            f"{skipped[-len(rows)].reason}", "at least one", "check [chat] and data.max_prompt_tokens",
+        )  # fmt: skip
     return prompts
+
+
+def _skip(row: Row, error: DataError, skipped: list[Skipped] | None) -> None:
+    if skipped is None:
+        raise error
+    skipped.append(Skipped.of(row.where, error))
+
+
+def _check_length(row: Row, tokens: int, max_prompt_tokens: int, max_tokens: int, limits: Mapping[str, int]) -> None:
+    where = f"{row.where} (id {row.id!r})"
+    if not tokens:
+        raise DataError(f"{where}: an empty prompt", "at least one token", "check the template")
+    if tokens > max_prompt_tokens:
+        raise DataError(
+            f"{where}: a prompt of {tokens} tokens",
+            f"at most data.max_prompt_tokens = {max_prompt_tokens}",
+            "raise it, drop the row, or set data.on_bad_row",
+        )
+    for name, limit in limits.items():
+        if tokens + max_tokens > limit:
+            raise DataError(
+                f"{where}: a prompt of {tokens} tokens and max_tokens = {max_tokens}",
+                f"together at most {limit}, the context of the {name}",
+                "lower rollout.max_tokens (or eval.max_tokens), or drop the row",
+            )
 
 
 class PromptSchedule:
@@ -135,7 +171,8 @@ class PromptSchedule:
         return [self.prompts[index] for index in self._order[position * size : (position + 1) * size]]
 
 
-def _render(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, chat: ChatConfig) -> list[str]:
+def _renderer(tokenizer: PreTrainedTokenizerBase, chat: ChatConfig) -> Callable[[Row], str]:
+    """What turns a row into a prompt's text; the settings are checked here, once."""
     if chat.template == BARE:
         for name in ("system", "kwargs"):
             if getattr(chat, name):
@@ -144,23 +181,32 @@ def _render(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, chat: ChatC
                     "a template that has a place for it",
                     f"remove chat.{name} or name a template",
                 )
-        return [row.problem + chat.suffix for row in rows]
+        return lambda row: _bare_text(row) + chat.suffix
     template = _template(tokenizer, chat)
     for name in ("tokenize", "add_generation_prompt", "chat_template", "return_dict", "return_tensors"):
         if name in chat.kwargs:
             raise ConfigError(f"chat.kwargs.{name} is set", "arguments of the template itself", "remove it")
-    system = [{"role": "system", "content": chat.system}] if chat.system is not None else []
-    texts = []
-    for row in rows:
-        messages = [*system, {"role": "user", "content": row.problem + chat.suffix}]
+
+    def render(row: Row) -> str:
+        messages = conversation(row.messages or ({"role": "user", "content": row.problem},), chat.system, chat.suffix)
         try:
             text = tokenizer.apply_chat_template(
                 messages, chat_template=template, tokenize=False, add_generation_prompt=True, **chat.kwargs
             )
         except Exception as error:
             raise _template_error(error, row, chat) from error
-        texts.append(str(text))
-    return texts
+        return str(text)
+
+    return render
+
+
+def _bare_text(row: Row) -> str:
+    if len(row.messages) > 1:
+        raise DataError(
+            f"{row.where} (id {row.id!r}): {len(row.messages)} messages and chat.template = {BARE!r}",
+            "a single user message", "name a template, or drop the row",
+        )  # fmt: skip
+    return row.problem
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, chat: ChatConfig) -> str | None:
@@ -193,6 +239,8 @@ def _template_error(error: Exception, row: Row, chat: ChatConfig) -> Exception:
         return error
     reason = " ".join(str(error).split())
     remedy = "remove chat.system if the template knows no system role" if chat.system else "mend chat.template"
+    if len(row.messages) > 1:  # a conversation may be one that the template refuses while it takes others
+        return DataError(f"{row.where} (id {row.id!r}): the chat template fails: {reason}", "a prompt", remedy)
     return ConfigError(f"the chat template fails on {row.where} (id {row.id!r}): {reason}", "a prompt", remedy)
 
 

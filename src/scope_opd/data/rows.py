@@ -1,38 +1,59 @@
-"""Rows of a data set: read from JSON lines, JSON or parquet, checked, and named so that every complaint has a place.
+"""Rows of a data set: checked, and named so that every complaint has a place.
 
-A row is a problem, its gold answer and an id; short scalar columns beside them are kept as ``fields``. What is wrong
-with a file or a row is one ``DataError`` line with the file, the row, what was found and what to do. Reading is
-streamed, so that a parquet file with long solution columns costs no more memory than its problems.
+A row is a problem (a text, or chat messages), its gold answer and an id; short scalar columns beside them are kept as
+``fields``. What is wrong with a file or a row is one ``DataError`` line with the file, the row, what was found and what
+to do. Rows are taken one at a time from what ``files`` or ``hub`` read, so that a file with long solution columns costs
+no more memory than its problems.
 
-Not covered: hub data sets, csv, chat-message columns and nested layouts such as verl's, skipping of bad rows,
-duplicate problems. Rows that are wrong are errors, never dropped.
+Not covered: problems that occur twice (``overlap``), whether an answer is right.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from scope_opd.data.files import file_records, names_of
+from scope_opd.data.messages import Messages, check_messages, is_conversation
 from scope_opd.errors import DataError
-from scope_opd.records import iter_jsonl
+from scope_opd.gold import answer_from_text, check_answer
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
 MAX_FIELD_CHARACTERS = 200
 """Text columns beyond this are not carried along with a prompt: they are solutions and traces, not labels."""
+_ABSENT = object()
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which column holds what. A file without the column ``id`` is numbered: ``row-000001``, ``row-000002`` ..."""
+    """Which column holds what; a dotted name reaches into an object where no column has the whole name.
+
+    A file without the column ``id`` is numbered: ``row-000001``, ``row-000002`` ... by the places of its rows.
+
+    Attributes:
+        problem, answer, id: names. ``answer`` None: no answers are read (for looking at problems alone).
+        extra: names that are kept as ``fields`` too, though they lie in objects.
+    """
 
     problem: str = "problem"
-    answer: str = "answer"
+    answer: str | None = "answer"
     id: str = "id"
+    extra: tuple[str, ...] = ()
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """Every name, whether it is there or not."""
+        return tuple(name for name in (self.problem, self.answer, self.id, *self.extra) if name is not None)
+
+
+VERL = Columns(
+    problem="prompt", answer="reward_model.ground_truth", extra=("extra_info.index", "extra_info.split")
+)  # fmt: skip
+"""The layout that verl's users have: ``data_source``, ``prompt`` (messages), ``ability``, ``reward_model``,
+``extra_info``. Rows are numbered: ``extra_info.index`` repeats where data sets were joined."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,21 +62,47 @@ class Row:
 
     Attributes:
         id: unique in its data set.
-        problem: the problem's text, never empty.
-        answer: the gold answer: a text that is not empty, an integer or a finite float.
+        problem: the problem's text, never empty; of a conversation, its last message.
+        answer: the gold answer in one of the forms of ``scope_opd.gold``; None where none was read.
         where: file and row, for complaints ("train.jsonl, line 12").
         fields: the other columns that are numbers, booleans or texts of at most ``MAX_FIELD_CHARACTERS``.
+        messages: the conversation, ending with ``problem``; empty where the row is a plain problem.
     """
 
     id: str
     problem: str
-    answer: str | int | float
+    answer: Any
     where: str
     fields: Mapping[str, Any] = field(default_factory=dict)
+    messages: Messages = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A row that was left out: its place, and why."""
+
+    where: str
+    reason: str
+
+    @classmethod
+    def of(cls, where: str, error: DataError) -> Skipped:
+        """From the error that it would have been."""
+        reason = error.found.removeprefix(where).lstrip(": ")
+        return cls(where, f"{reason}; expected {error.expected}" if error.expected else reason)
+
+
+def resolve_columns(columns: Columns, names: Collection[str]) -> tuple[Columns, str]:
+    """The columns to read, and the name of the layout: "verl" where it is there and the defaults are not."""
+    plain = columns.problem == "problem" and columns.answer in ("answer", None)
+    absent = "problem" not in names and "answer" not in names
+    if plain and absent and {"prompt", "reward_model"} <= set(names):
+        answer = VERL.answer if columns.answer is not None else None
+        return Columns(VERL.problem, answer, columns.id, (*columns.extra, *VERL.extra)), "verl"
+    return columns, "plain"
 
 
 def read_rows(path: str | Path, columns: Columns | None = None, *, max_rows: int | None = None) -> list[Row]:
-    """Read and check the rows of a ``.jsonl``, ``.json`` (a list of objects) or ``.parquet`` file.
+    """The rows of a file, all of them sound; ``dataset.read_dataset`` offers more.
 
     Args:
         path: the file.
@@ -66,82 +113,128 @@ def read_rows(path: str | Path, columns: Columns | None = None, *, max_rows: int
         DataError: missing, empty, unreadable, corrupt or unknown kind of file; a row that fails a check.
     """
     source = Path(path)
-    if source.suffix not in SUFFIXES:
-        raise DataError(f"data file {source}", f"a name ending in {', '.join(SUFFIXES)}", "convert or rename the file")
-    if source.is_dir():
-        raise DataError(f"data file {source} is a folder", "a file", "name the file inside it")
-    if not source.exists():
-        raise DataError(f"data file {source} does not exist", "a data file", "check the path")
-    if source.stat().st_size == 0:
-        raise DataError(f"data file {source} is empty", "at least one row", "check how it was written")
-    names = columns or Columns()
-    numbered: Iterator[tuple[str, Mapping[str, Any]]]
-    if source.suffix == ".parquet":
-        numbered = _parquet_rows(source, names)
-    else:
-        numbered = _json_rows(source) if source.suffix == ".json" else _jsonl_rows(source)
-    return check_rows(numbered, names, source=str(source), max_rows=max_rows)
+    wanted = columns or Columns()
+    records = file_records(source, lambda names: present(wanted, names, str(source)))
+    return check_rows(records, wanted, source=str(source), max_rows=max_rows)
+
+
+def present(columns: Columns, names: Collection[str], source: str) -> list[str]:
+    """Which of the columns a table with these names has.
+
+    Raises:
+        DataError: the problem or the answer is not there.
+    """
+    columns, _ = resolve_columns(columns, names)
+    top = [name for name in names if "." not in name]
+    for name in (columns.problem, columns.answer):
+        if name is not None and name not in names:
+            raise _no_column(name, top, source)
+    return [name for name in columns.named if name in names]
 
 
 def check_rows(
-    numbered: Iterable[tuple[str, Mapping[str, Any]]],
+    numbered: Iterable[tuple[str, Mapping[str, Any] | DataError]],
     columns: Columns | None = None,
     *,
     source: str,
     max_rows: int | None = None,
+    skipped: list[Skipped] | None = None,
 ) -> list[Row]:
     """Turn mappings into rows, checking columns, types, emptiness and that no id comes twice.
 
     Args:
-        numbered: (place, mapping) pairs; the place is what a complaint names after the source ("line 12").
+        numbered: (place, mapping) pairs; the place is what a complaint names after the source ("line 12"). A
+            ``DataError`` in a mapping's place is a row that could not be read.
         columns: names of the columns.
         source: what a complaint names first: the file.
-        max_rows: take the first rows only.
+        max_rows: look at the first rows only, sound or not.
+        skipped: where given, rows that fail are listed here and left out; None makes the first of them an error.
 
     Raises:
-        DataError: naming source and row.
+        DataError: naming source and row; no row at all, or none that is sound.
     """
-    names = columns or Columns()
+    names: Columns | None = None
     rows: list[Row] = []
     seen: dict[str, str] = {}
-    has_ids: bool | None = None
+    has_ids = False
+    number = 0
+    first: DataError | None = None
     for number, (place, values) in enumerate(islice(numbered, max_rows), start=1):
         where = f"{source}, {place}"
-        for name in (names.problem, names.answer):
-            _require_column(values, name, where)
-        if has_ids is None:
-            has_ids = names.id in values or names.id != Columns().id
-        if has_ids:
-            _require_column(values, names.id, where)
-        row_id = _checked_id(values[names.id], names.id, where) if has_ids else f"row-{number:06d}"
-        if row_id in seen:
-            raise DataError(
-                f"{where}: the id {row_id!r} was used before, at {seen[row_id]}", "ids that are unique", "rename one"
-            )
-        seen[row_id] = place
-        taken = (names.problem, names.answer, names.id)
-        rows.append(
-            Row(
-                id=row_id,
-                problem=_checked_problem(values[names.problem], names.problem, where),
-                answer=_checked_answer(values[names.answer], names.answer, where),
-                where=where,
-                fields={name: value for name, value in values.items() if name not in taken and _is_label(value)},
-            )
-        )
-    if not rows:
+        try:
+            if isinstance(values, DataError):
+                raise values
+            if names is None:
+                names, _ = resolve_columns(columns or Columns(), names_of(values))
+                has_ids = pick(values, names.id) is not _ABSENT or names.id != Columns().id
+            row = _row(values, names, where, f"row-{number:06d}", has_ids)
+            if row.id in seen:
+                raise DataError(
+                    f"{where}: the id {row.id!r} was used before, at {seen[row.id]}",
+                    "ids that are unique",
+                    "rename one",
+                )
+        except DataError as error:
+            if skipped is None:
+                raise
+            first = first or error
+            skipped.append(Skipped.of(where, error))
+            continue
+        seen[row.id] = place
+        rows.append(row)
+    if not number:
         raise DataError(f"data file {source} has no rows", "at least one row", "check how it was written")
+    if not rows:
+        assert first is not None
+        raise DataError(
+            f"{source}: none of {number} rows is sound; the first, {first.found}", first.expected, first.remedy
+        )
     return rows
 
 
-def _require_column(values: Iterable[Any], name: str, where: str) -> None:
-    if name not in values:
-        found = ", ".join(map(str, values)) or "none"
-        raise DataError(
-            f"{where}: no column {name!r} among {found}",
-            f"a column {name!r}",
-            "name yours with data.problem_column, data.answer_column or data.id_column",
-        )
+def pick(values: Mapping[str, Any], name: str) -> Any:
+    """A column's value; a dotted name reaches into objects where no column has the whole name. ``_ABSENT`` if none."""
+    if name in values:
+        return values[name]
+    head, dot, rest = name.partition(".")
+    while dot:
+        inner = values.get(head)
+        if isinstance(inner, Mapping):
+            return pick(inner, rest)
+        more, dot, rest = rest.partition(".")
+        head = f"{head}.{more}"
+    return _ABSENT
+
+
+def _row(values: Mapping[str, Any], names: Columns, where: str, numbered: str, has_ids: bool) -> Row:
+    def column(name: str) -> Any:
+        value = pick(values, name)
+        if value is _ABSENT:
+            raise _no_column(name, values, where)
+        return value
+
+    value = column(names.problem)
+    messages: Messages = ()
+    if is_conversation(value):
+        messages = check_messages(value, names.problem, where)
+        problem = messages[-1]["content"]
+    else:
+        problem = _checked_problem(value, names.problem, where)
+    answer = None if names.answer is None else _checked_answer(column(names.answer), names.answer, where)
+    row_id = _checked_id(column(names.id), names.id, where) if has_ids else numbered
+    fields = {name: value for name, value in values.items() if name not in names.named and _is_label(value)}
+    for name in names.extra:
+        if _is_label(value := pick(values, name)):
+            fields[name] = value
+    return Row(row_id, problem, answer, where, fields, messages)
+
+
+def _no_column(name: str, names: Iterable[str], where: str) -> DataError:
+    return DataError(
+        f"{where}: no column {name!r} among {', '.join(map(str, names)) or 'none'}",
+        f"a column {name!r}",
+        "name yours with data.problem_column, data.answer_column or data.id_column",
+    )
 
 
 def _checked_id(value: Any, name: str, where: str) -> str:
@@ -152,19 +245,24 @@ def _checked_id(value: Any, name: str, where: str) -> str:
 
 def _checked_problem(value: Any, name: str, where: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: {name} is {_shown(value)}", "a text", "convert the column to text")
+        raise DataError(f"{where}: {name} is {_shown(value)}", "a text, or chat messages", "convert the column")
     if not value.strip():
         raise DataError(f"{where}: {name} is empty", "a problem", "drop the row or fill it in")
     return value
 
 
-def _checked_answer(value: Any, name: str, where: str) -> str | int | float:
+def _checked_answer(value: Any, name: str, where: str) -> Any:
     if value is None or (isinstance(value, str) and not value.strip()):
         raise DataError(f"{where}: {name} is empty", "the gold answer", "drop the row or fill it in")
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise DataError(f"{where}: {name} is {_shown(value)}", "a text or a number", "convert the column")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise DataError(f"{where}: {name} is {value}", "a finite number or a text", "drop the row or fill it in")
+    value = answer_from_text(str(value) if isinstance(value, Decimal) else value)
+    if isinstance(value, Mapping):
+        # Parquet gives every row the keys of all of them.
+        value = {key: item for key, item in value.items() if item is not None}
+    try:
+        check_answer(value)
+    except ValueError as error:
+        found, _, expected = str(error).partition("; expected ")
+        raise DataError(f"{where}: {name}: {found}", expected, "mend or drop the row") from None
     return value
 
 
@@ -176,52 +274,3 @@ def _shown(value: Any) -> str:
     """A value as a complaint shows it: its type, and the start of it."""
     text = repr(value)
     return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, row in iter_jsonl(path):
-        yield f"line {number}", row
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"data file {path}: {error.strerror}", "a readable file", "check its permissions") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8", "UTF-8 text", "re-save the file") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: {error.msg}", "valid JSON", "mend that line") from None
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of brackets
-        raise DataError(f"{path}: {error}", "a list of objects with plain values", "mend the file") from None
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: one {type(rows).__name__}", "a list of objects", "wrap the rows in [ ]")
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number}: {_shown(row)}", "an object with named columns", "mend that row")
-        yield f"row {number}", row
-
-
-def _parquet_rows(path: Path, names: Columns) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-    import pyarrow.types
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            for name in (names.problem, names.answer):
-                _require_column(schema.names, name, str(path))
-            # Lists and structs (chats, traces) are not read, unless a name given is one of them and must be refused.
-            taken = (names.problem, names.answer, names.id)
-            wanted = [each.name for each in schema if each.name in taken or not pyarrow.types.is_nested(each.type)]
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=wanted):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(
-            f"{path}: {reason}", "a complete parquet file", "copy or write the file again; it may be cut off"
-        ) from None
