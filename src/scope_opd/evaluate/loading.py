@@ -1,0 +1,130 @@
+"""Reading a benchmark whole: rows from the zoo, a local file or the hub, adapted, checked, counted and hashed.
+
+A benchmark with a row missing is another benchmark: where the table knows how many rows there are, any other number is
+an error, unless the first N are asked for, and then the results say so.
+
+Not covered: rendering prompts, and judging.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scope_opd.data.files import file_records
+from scope_opd.data.hub import is_hub, load_hub
+from scope_opd.data.rows import Row, check_rows
+from scope_opd.errors import DataError
+from scope_opd.evaluate.benchmarks import TABLE, Benchmark, custom
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A benchmark's rows, and what is recorded of where they came from.
+
+    Attributes:
+        rows: those to evaluate.
+        data: source, sha256, revision, rows, left_out (rows that cannot be judged), partial.
+    """
+
+    benchmark: Benchmark
+    rows: list[Row]
+    data: dict[str, Any]
+
+
+def parse_benchmark(text: str) -> tuple[Benchmark, str | None]:
+    """``NAME`` or ``NAME=PATH``; a path may also be a hub data set (``hf:OWNER/NAME?split=test``).
+
+    Raises:
+        DataError: a name that the table does not know, without a path.
+    """
+    name, separator, place = text.partition("=")
+    name, place = name.strip(), place.strip()
+    if not name or (separator and not place):
+        raise DataError(f"--benchmark {text!r}", "NAME or NAME=PATH", "give both, or a name of the table alone")
+    if name in TABLE:
+        return TABLE[name], place or None
+    if place:
+        return custom(name), place
+    known = [entry.name for entry in TABLE.values() if entry.role == "benchmark"]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    raise DataError(
+        f"--benchmark {name!r}",
+        f"one of {', '.join(known)}" + (f"; did you mean {close[0]}?" if close else ""),
+        "or NAME=PATH for a file of your own",
+    )
+
+
+def load_benchmark(benchmark: Benchmark, place: str | None, *, problems: int | None = None) -> Loaded:
+    """Read a benchmark.
+
+    Args:
+        benchmark: what it is.
+        place: a local file or a hub data set in place of the table's; None: the zoo's or the hub's.
+        problems: take the first N rows only.
+
+    Raises:
+        DataError: it cannot be read, a row cannot be used, or there are more or fewer rows than it has.
+    """
+    expected = benchmark.rows
+    if benchmark.verifier == "zoo" and place is None:
+        from scope_opd.zoo import data_path
+
+        path = data_path("heldout")
+        records: Iterator[tuple[str, Any]] = file_records(path)
+        data: dict[str, Any] = {"source": "zoo (heldout)", "sha256": _sha256(path), "revision": None}
+        source = "zoo (heldout)"
+    elif place is not None and not is_hub(place):
+        path = Path(place).expanduser()
+        records = file_records(path)
+        data = {"source": place, "sha256": _sha256(path) if path.is_file() else None, "revision": None}
+        source = str(path)
+        expected = benchmark.copy_rows or expected
+    else:
+        source = place or benchmark.source
+        table = load_hub(source)
+        records = table.rows()
+        data = {"source": source, "sha256": None, "revision": table.revision}
+    left_out: list[str] = []
+    rows = check_rows(_adapted(records, benchmark, left_out), source=source)
+    found = len(rows) + len(left_out)
+    if expected is not None and found != expected:
+        raise DataError(
+            f"{benchmark.name} from {source} has {found} rows",
+            f"the {expected} of the whole benchmark",
+            "get the whole file; for a set of your own, give it another name (--benchmark MINE=PATH)",
+        )
+    taken = rows[:problems]
+    partial = len(taken) < len(rows)
+    data |= {"rows": found, "expected_rows": expected, "left_out": len(left_out), "partial": partial}
+    return Loaded(benchmark, taken, data)
+
+
+def _adapted(
+    records: Iterator[tuple[str, Any]], benchmark: Benchmark, left_out: list[str]
+) -> Iterator[tuple[str, Mapping[str, Any] | DataError]]:
+    for number, (place, row) in enumerate(records, start=1):
+        if isinstance(row, DataError):
+            yield place, row
+            continue
+        try:
+            adapted = benchmark.adapt(row, number)
+        except (KeyError, TypeError, ValueError) as error:
+            yield (
+                place,
+                DataError(f"{benchmark.name}, {place}: {error}", "a row of that benchmark's layout", "check the file"),
+            )
+            continue
+        if adapted is None:
+            left_out.append(place)
+        else:
+            yield place, adapted
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
