@@ -31,6 +31,7 @@ COMMANDS = {
     "demo": "demo:demo",
     "train": "train_command:train",
     "weights": "weights:weights",
+    "verify": "verify_command:verify",
     "report": "report_command:report",
     "zoo": "zoo_command:app",
     "doctor": "doctor:doctor",

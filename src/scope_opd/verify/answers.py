@@ -7,15 +7,50 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from scope_opd.errors import DataError
-from scope_opd.gold import is_code
+from scope_opd.config import VerifyConfig
+from scope_opd.errors import ConfigError, DataError
+from scope_opd.gold import is_code, parse_tolerance
 from scope_opd.types import Prompt, Rollout, Verdict
+from scope_opd.verify.math.settings import MathSettings
 from scope_opd.verify.math_verifier import MathVerifier
 
 if TYPE_CHECKING:
     from scope_opd.verify.code.verifier import CodeVerifier
+
+
+def math_settings(settings: VerifyConfig) -> MathSettings:
+    """What ``[verify]`` says of maths answers.
+
+    Raises:
+        ConfigError: a tolerance that is none.
+    """
+    try:
+        tolerance = None if settings.tolerance is None else parse_tolerance(settings.tolerance)
+    except ValueError as error:
+        raise ConfigError(f"verify.{error}", remedy="mend it, or leave it out") from None
+    return MathSettings(scope=settings.scope, fallback=settings.fallback, tolerance=tolerance)
+
+
+def build_answer_verifier(settings: VerifyConfig, kind: Literal["auto", "math", "code"] = "auto") -> AnswerVerifier:
+    """The verifier of ``[verify]``; no process starts before an answer needs one.
+
+    Raises:
+        ConfigError: a setting that is wrong.
+    """
+    maths = math_settings(settings)
+
+    def code() -> CodeVerifier:
+        from scope_opd.verify.code.verifier import CodeLimits, CodeVerifier
+
+        limits = CodeLimits(timeout_s=settings.code_timeout_s, memory_mb=settings.code_memory_mb)
+        return CodeVerifier(limits, workers=settings.workers, allow_unsandboxed=settings.allow_unsandboxed)
+
+    return AnswerVerifier(
+        None if kind == "code" else MathVerifier(maths, timeout_s=settings.timeout_s, workers=settings.workers),
+        None if kind == "math" else code,
+    )
 
 
 class AnswerVerifier:

@@ -17,8 +17,8 @@ Both processes end with the one that started them (end of input; on Linux also t
             {"done": 7}                             the batch is over; jobs without a verdict are to be sent again
             {"ended": wait status}                  the judging process died; another is there
 
-Not covered: wall time (the pool's), a judge that is itself hostile (it is our code; untrusted code runs in the sandbox),
-one allocation of more than ``ADDRESS_SPACE_MB`` at once whose failure the judge takes for "not equal".
+Not covered: wall time (the pool's), a judge that is itself hostile (untrusted code runs in the sandbox instead), one
+allocation of more than ``ADDRESS_SPACE_MB`` at once whose failure the judge takes for "not equal".
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ PEAK_MB = ADDRESS_SPACE_MB // 4
 """What grows by doubling has passed a quarter of the limit before it meets it."""
 RETIRE_MB = 160
 """A process that has grown to this (parser caches) is replaced after its answer, which keeps its verdict."""
-RETIRED = 3
-"""Exit status of a judging process that asks for a successor."""
+RETIRED = 113
+"""Exit status of a judging process that asks for a successor; no library exits with it."""
 PR_SET_PDEATHSIG = 1
 WARM_UP = (
     (r"Then $x = 3$, so \boxed{\frac{1}{2}}", r"0.5"),
@@ -157,7 +157,9 @@ def serve(judge: Judge, jobs: int, replies: int, cpu_s: float) -> int:
                 continue  # the tail of a line whose head went down with the process before
             for number, job in enumerate(message["jobs"]):
                 verdict = judge_one(judge, job, cpu_s)
-                peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+                peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+                    2**20 if sys.platform == "darwin" else 2**10
+                )
                 if peak_mb > PEAK_MB:
                     verdict = no_verdict(f"took more than {PEAK_MB} MB of memory")
                 values = [verdict.correct, verdict.reward, verdict.extracted, verdict.reason]

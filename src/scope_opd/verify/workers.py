@@ -98,9 +98,7 @@ class WorkerPool:
         self._state = _State(*self._settings)
         self._finalizer = weakref.finalize(self, self._state.close)
 
-    def submit(
-        self, prediction: str, gold: MathGold, problem: str | None, settings: MathSettings
-    ) -> Future[Verdict]:
+    def submit(self, prediction: str, gold: MathGold, problem: str | None, settings: MathSettings) -> Future[Verdict]:
         """Queue one answer.
 
         Returns:
@@ -185,10 +183,10 @@ class _State:
                 except _WorkerLost as loss:
                     self._discard(worker)
                     worker = None
-                    first, *others = [job for job in batch if not job.future.done()] or [None]
-                    if first is not None:
-                        self._finish(first, no_verdict(str(loss)))
-                    self._put_back(others)
+                    waiting = [job for job in batch if not job.future.done()]
+                    if waiting:
+                        self._finish(waiting[0], no_verdict(str(loss)))
+                    self._put_back(waiting[1:])
         finally:
             self._discard(worker)
             with self.changed:
@@ -294,7 +292,8 @@ class _Worker:
             env=worker_environment(),
             start_new_session=True,  # a Ctrl-C is the run's business; and kill() reaches the forked process too
         )
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.jobs, self.replies = self.process.stdin.fileno(), self.process.stdout.fileno()
         os.set_blocking(self.jobs, False)
         os.set_blocking(self.replies, False)
@@ -424,4 +423,4 @@ def worker_environment() -> dict[str, str]:
     if Path(root).name not in ("site-packages", "dist-packages"):  # those must stay behind the standard library
         paths.append(root)
     environment |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
-    return environment | {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    return environment | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
