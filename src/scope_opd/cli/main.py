@@ -33,6 +33,7 @@ COMMANDS = {
     "weights": "weights:weights",
     "verify": "verify_command:verify",
     "report": "report_command:report",
+    "data": "data_command:app",
     "zoo": "zoo_command:app",
     "doctor": "doctor:doctor",
 }
