@@ -1,0 +1,120 @@
+r"""Plain numbers, exactly: integers, decimals, fractions, mixed numbers and scientific notation as rationals.
+
+``read_number`` knows how a number was written, because rounding depends on it; ``same_number`` is the one place where
+two numbers are held against each other. Without a stated tolerance two numbers are equal if they are the same
+rational, or, when one is written as a decimal with at least six decimals and five significant digits, if the
+other one rounds to it (0.333333 for 1/3), or if both agree to ten digits (noise of floating point).
+
+Not covered: roots, pi and whatever else is not rational.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from scope_opd.gold import Tolerance
+
+MAX_EXPONENT = 400
+"""Powers of ten beyond this are left to the symbolic comparison (and its limit)."""
+MIN_DECIMALS = 6
+MIN_SIGNIFICANT = 5
+NOISE = Fraction(1, 10**10)
+
+_DECIMAL = r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+"
+_GROUPED = r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?"
+_TIMES = r"\s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*(?:\{\s*([+-]?[0-9]{1,6})\s*\}|\(([+-]?[0-9]{1,6})\)|([+-]?[0-9]{1,6}))"
+_PLAIN = re.compile(rf"([+-]?)\s*(?:({_GROUPED})|({_DECIMAL}))(?:[eE]([+-]?[0-9]{{1,6}})|{_TIMES})?")
+_POWER_OF_TEN = re.compile(r"([+-]?)\s*10\s*\^\s*(?:\{\s*([+-]?[0-9]{1,6})\s*\}|([+-]?[0-9]))")
+_RATIO = re.compile(
+    rf"([+-]?)\s*\(?([+-]?)({_GROUPED}|{_DECIMAL})\)?\s*/\s*\(?\s*([+-]?)\s*({_GROUPED}|{_DECIMAL})\s*\)?"
+)
+_FRAC = re.compile(
+    rf"([+-]?)\s*(?:([0-9]+)\s*)?\\frac\{{\s*([+-]?)\s*({_GROUPED}|{_DECIMAL})\s*\}}\{{\s*([+-]?)\s*({_GROUPED}|{_DECIMAL})\s*\}}"
+)
+_MIXED = re.compile(r"([+-]?)\s*([0-9]+) +([0-9]+)\s*/\s*([0-9]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A rational and how it was written.
+
+    Attributes:
+        value: the number.
+        decimals: digits after the point, None if it was written as an integer or a fraction.
+        significant: significant digits of a decimal.
+    """
+
+    value: Fraction
+    decimals: int | None = None
+    significant: int = 0
+
+
+def read_number(text: str) -> Number | None:
+    """A plain number in clean spelling, None for anything else."""
+    if match := _PLAIN.fullmatch(text):
+        sign, grouped, plain, *exponents = match.groups()
+        exponent = int(next((part for part in exponents if part), "0"))
+        return _decimal(sign, (grouped or plain).replace(",", "").replace(" ", ""), exponent)
+    if match := _POWER_OF_TEN.fullmatch(text):
+        return _decimal(match[1], "1", int(match[2] or match[3]))
+    if match := _RATIO.fullmatch(text):
+        return _quotient(match[1], match[2], match[3], match[4], match[5])
+    if match := _FRAC.fullmatch(text):
+        sign, whole, top_sign, top, bottom_sign, bottom = match.groups()
+        if whole is None:
+            return _quotient(sign, top_sign, top, bottom_sign, bottom)
+        return None if top_sign or bottom_sign else _mixed(sign, whole, top, bottom)
+    if match := _MIXED.fullmatch(text):
+        return _mixed(*match.groups())
+    return None
+
+
+def _decimal(sign: str, digits: str, exponent: int) -> Number | None:
+    if abs(exponent) > MAX_EXPONENT or len(digits) > MAX_EXPONENT:
+        return None
+    value = Fraction(digits if digits[0] != "." else "0" + digits) * Fraction(10) ** exponent
+    value = -value if sign == "-" else value
+    after = len(digits.partition(".")[2]) - exponent if "." in digits else None
+    return Number(value, after, len(digits.replace(".", "").lstrip("0")) if after is not None else 0)
+
+
+def _quotient(sign: str, top_sign: str, top: str, bottom_sign: str, bottom: str) -> Number | None:
+    above, below = _decimal(top_sign, _plain(top), 0), _decimal(bottom_sign, _plain(bottom), 0)
+    if above is None or below is None or below.value == 0:
+        return None
+    value = above.value / below.value
+    return Number(-value if sign == "-" else value)
+
+
+def _mixed(sign: str, whole: str, top: str, bottom: str) -> Number | None:
+    if not (top.isdigit() and bottom.isdigit()) or len(whole + top + bottom) > MAX_EXPONENT:
+        return None
+    if int(top) >= int(bottom):
+        return None  # 3 4/3 is nobody's mixed number
+    value = int(whole) + Fraction(int(top), int(bottom))
+    return Number(-value if sign == "-" else value)
+
+
+def _plain(text: str) -> str:
+    return text.replace(",", "").replace(" ", "")
+
+
+def same_number(found: Number, gold: Number, tolerance: Tolerance | None) -> bool:
+    """Whether two numbers count as the same: the rule of the module, or the stated tolerance."""
+    difference = abs(found.value - gold.value)
+    if difference == 0:
+        return True
+    if tolerance is not None:
+        allowed = max(Fraction(tolerance.absolute), Fraction(tolerance.relative) * abs(gold.value))
+        return difference <= allowed * (1 + NOISE)
+    for written in (found, gold):
+        if written.decimals is None or written.value == 0:
+            continue
+        if written.significant >= 10 and difference <= NOISE * min(abs(found.value), abs(gold.value)):
+            return True
+        precise = written.decimals >= MIN_DECIMALS and written.significant >= MIN_SIGNIFICANT
+        if precise and 2 * difference <= Fraction(1, 10**written.decimals):
+            return True
+    return False
