@@ -1,1 +1,1 @@
-"""The code verifier: formats of tasks, and running solutions against tests."""
+"""The code verifier: answers and layouts, which program a response holds, and whether it passes its tests."""

@@ -1,1 +1,4 @@
-"""Running untrusted code apart from everything else."""
+"""Running programs that nobody has read: bubblewrap around a small driver, and only plain data across the pipes.
+
+``driver`` runs inside, ``bubblewrap`` and ``seccomp`` build the wall, ``process`` holds one sandbox from outside.
+"""

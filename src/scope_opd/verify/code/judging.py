@@ -1,0 +1,183 @@
+"""Running one program against its tests. Who knows what:
+
+    solution's sandbox   the program, and the arguments or the input of the test at hand; never an expected output
+    tests' sandbox       the data set's check code (HumanEval, LeetCode); calls go through a stand-in for the function
+    here                 expected outputs of calls and runs, and the verdict
+
+The two sandboxes share nothing: each has a pipe to this process, which passes calls and answers on as plain data. The
+tests' sandbox reports whether the check code ran to its end; the solution's has no way to reach that pipe.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from scope_opd.verify.code.compare import same_value, shown, text_difference
+from scope_opd.verify.code.formats import CallTask, CheckTask, StdioTask, Task
+from scope_opd.verify.code.preamble import names_for
+from scope_opd.verify.sandbox import driver
+from scope_opd.verify.sandbox.driver import NotPlainError, decode, read_json
+from scope_opd.verify.sandbox.limits import CodeLimits
+from scope_opd.verify.sandbox.process import Sandbox, SandboxFailure, Stopped, error_of
+
+Start = Callable[[ExitStack], Sandbox]
+_AT_LINE = re.compile(r"\(line (\d+)\)$")
+
+
+def run_tests(task: Task, pieces: list[str], limits: CodeLimits, start: Start) -> str | None:
+    """Run a program against all tests of a task, in order, up to the first that fails.
+
+    Args:
+        task: the tests.
+        pieces: the program's parts, executed one after the other in one module.
+        limits: times; the rest is the sandbox's.
+        start: starts a sandbox that ends with the stack.
+
+    Returns:
+        None when every test passed, else which failed and why.
+
+    Raises:
+        SandboxFailure: nothing is known about the program.
+    """
+    end = time.monotonic() + limits.total_timeout_s
+    count = len(task.tests)
+    place = 0
+
+    def deadline() -> float:
+        return min(time.monotonic() + limits.timeout_s, end)
+
+    try:
+        with ExitStack() as stack:
+            if isinstance(task, CheckTask):
+                for place, test in enumerate(task.tests, 1):  # noqa: B007 - the handler below reads it
+                    with ExitStack() as pair:
+                        reason = _check(task, test, pieces, start(pair), start(pair), deadline)
+                    if reason is not None:
+                        return _test(place, count, reason)
+                return None
+            solution = start(stack)
+            solution.enter()
+            place = 1
+            _load(solution, pieces, deadline(), contest=True, process=isinstance(task, StdioTask))
+            judge_one = _run if isinstance(task, StdioTask) else _call
+            for place in range(1, count + 1):
+                reason = judge_one(task, place - 1, solution, deadline())  # type: ignore[arg-type]
+                if reason is not None:
+                    return _test(place, count, reason)
+    except Stopped as stopped:
+        return _test(max(place, 1), count, _limit(str(stopped), limits, ended=time.monotonic() >= end))
+    return None
+
+
+def _check(
+    task: CheckTask, test: str, pieces: list[str], solution: Sandbox, tests: Sandbox, deadline: Callable[[], float]
+) -> str | None:
+    solution.enter()
+    tests.enter()
+    until = deadline()
+    contest = not task.call_check
+    order = {
+        "preamble": compilable_prompt(task.prompt),
+        "test": test,
+        "name": task.entry_point,
+        "call_check": task.call_check,
+        "names": names_for(test) if contest else [],
+    }
+    tests.send(driver.CHECK, order, until)
+    _load(solution, pieces, until, contest=contest, process=False)
+    while True:
+        kind, payload = tests.receive(until, watched=(solution,))
+        if kind == driver.PASSED:
+            return None
+        if kind == driver.FAILED:
+            return _failed(error_of(payload), test)
+        if kind != driver.CALL:
+            raise Stopped("the tests wrote over their pipe")
+        solution.forward(driver.CALL, payload, until)
+        kind, payload = solution.receive(until, watched=(tests,))
+        if kind not in (driver.VALUE, driver.ERROR, driver.REFUSED):
+            raise Stopped("the program wrote over its pipe")
+        tests.forward(kind, payload, until)
+
+
+def _load(solution: Sandbox, pieces: list[str], until: float, *, contest: bool, process: bool) -> None:
+    names = names_for("\n".join(pieces)) if contest else []
+    order = {"pieces": pieces, "names": names, "contest": contest, "process": process}
+    solution.send(driver.LOAD, order, until)
+    kind, payload = solution.receive(until)
+    if kind != driver.LOADED:
+        raise Stopped(f"the program does not load: {error_of(payload)}")
+
+
+def _call(task: CallTask, place: int, solution: Sandbox, until: float) -> str | None:
+    test = task.tests[place]
+    solution.send(driver.CALL, {"name": test.name, "args": list(test.args), "kwargs": {}}, until)
+    kind, payload = solution.receive(until)
+    if kind != driver.VALUE:
+        return error_of(payload) if kind == driver.ERROR else f"returned {error_of(payload)}"
+    try:
+        tree = read_json(payload)
+    except NotPlainError as error:
+        return f"returned {error}"
+    if any(same_value(output, tree, task.tolerance) for output in test.outputs):
+        return None
+    try:
+        returned = shown(repr(decode(tree))) if len(payload) < 1000 else f"{len(payload)} bytes"
+    except NotPlainError:
+        returned = "no plain value"
+    return f"wrong result: expected {shown(repr(test.outputs[-1]))}, found {returned}"
+
+
+def _run(task: StdioTask, place: int, solution: Sandbox, until: float) -> str | None:
+    given, expected = task.tests[place]
+    order = {"input": given, "max_output": solution.limits.output_mb << 20}
+    solution.send(driver.RUN, order, until)
+    kind, printed = solution.receive(until)
+    if kind == driver.TROUBLE:
+        raise SandboxFailure(error_of(printed))
+    kind, payload = solution.receive(until)
+    if kind != driver.ENDED:
+        raise Stopped("the program wrote over its pipe")
+    status, complaint, too_much = read_json(payload)
+    if too_much:
+        raise Stopped("output limit")
+    if status:
+        how = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
+        return f"{complaint[-driver.MAX_MESSAGE :]}" if complaint and status > 0 else how
+    difference = text_difference(expected, printed.decode("utf-8", "replace"), task.tolerance)
+    return None if difference is None else f"wrong output: {difference}"
+
+
+def compilable_prompt(prompt: str) -> str:
+    """The start of a program as a program: its helper functions count, the function it breaks off in does nothing."""
+    from scope_opd.verify.code.extract import compiles
+
+    for ending in ("", "\n    pass\n", "\n        pass\n"):
+        if compiles(prompt + ending):
+            return prompt + ending
+    return ""
+
+
+def _failed(said: str, test: str) -> str:
+    """A failed check with the line of test code that failed."""
+    found = _AT_LINE.search(said)
+    lines = test.splitlines()
+    if found and 0 < int(found[1]) <= len(lines):
+        return f"{said[: found.start()].strip().rstrip(':')} in {shown(lines[int(found[1]) - 1].strip())}"
+    return said
+
+
+def _test(place: int, count: int, reason: str) -> str:
+    return f"test {place} of {count}: {reason}" if count > 1 else reason
+
+
+def _limit(reason: str, limits: CodeLimits, *, ended: bool) -> str:
+    total = f"time limit of {limits.total_timeout_s:g} s for all tests"
+    return {
+        "time limit": total if ended else f"time limit of {limits.timeout_s:g} s",
+        "memory limit": f"memory limit of {limits.memory_mb} MB",
+        "output limit": f"output limit of {limits.output_mb} MB",
+    }.get(reason, reason)
