@@ -49,8 +49,8 @@ def golds() -> tuple[str, ...]:
 
 
 def bare(gold: str) -> str:
-    """The answer without the dollars around it and between its parts."""
-    return gold.replace("$", "").strip()
+    r"""The answer without dollars and negative space (``10,\!080``)."""
+    return re.sub(r"\\!\s*", "", gold.replace("$", "")).strip()
 
 
 def split_list(text: str) -> list[str]:
@@ -153,7 +153,13 @@ def plain_fraction(gold: str, _: random.Random) -> Iterator[Case]:
 
 def reordered(gold: str, rng: random.Random) -> Iterator[Case]:
     parts = split_list(bare(gold))
-    if len(parts) > 1 and not thousands(parts) and "=" not in gold and "dots" not in gold:
+    if (
+        len(parts) > 1
+        and not thousands(parts)
+        and "=" not in gold
+        and "dots" not in gold
+        and len(set(parts)) == len(parts)
+    ):
         mixed = parts[:]
         rng.shuffle(mixed)
         yield "answer", ", ".join(mixed), gold
@@ -226,7 +232,7 @@ def one_added(gold: str, _: random.Random) -> Iterator[Case]:
 
 def more_than_that(gold: str, _: random.Random) -> Iterator[Case]:
     text = bare(gold)
-    if value(text) is not None:
+    if value(text):
         yield "answer", f"{text}+1", gold
         yield "answer", rf"x > {text}", gold
         yield "answer", rf"{text} x", gold
