@@ -1,5 +1,385 @@
-"""``scope eval``."""
+"""``scope eval``: a model, or stored responses, on benchmarks; figures that can be computed again from what is kept.
+
+The engine stands behind the Sampler Protocol (``types``): a model in this process, or stored responses. Whatever can be
+checked without weights is checked before they are loaded.
+
+Not covered: servers; several GPUs.
+"""
 
 from __future__ import annotations
 
-EXAMPLES = ""
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from scope_opd.cli.eval_settings import (
+    MAX_ROWS,
+    build_config,
+    chat_kwargs,
+    in_options,
+    sampling_options,
+    verify_options,
+)
+from scope_opd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from scope_opd.config import Config
+    from scope_opd.evaluate.session import Task
+    from scope_opd.types import Sampler
+
+EXAMPLES = """Examples:
+  scope eval --model zoo:student --benchmark zoo --out runs/eval-zoo
+  scope eval --model Qwen/Qwen3-1.7B-Base --preset paper --benchmark aime24 \\
+      --benchmark math500 --out runs/eval-qwen
+  scope eval --model runs/mine/export --benchmark mine=problems.jsonl \\
+      --n 8 --max-tokens 8192 --out runs/eval-mine
+  scope eval --responses outputs.jsonl --map answer=gold --out runs/judged
+"""
+
+
+def evaluate(
+    *,
+    out: Path,
+    model: str | None = None,
+    responses: Path | None = None,
+    benchmark: Annotated[list[str] | None, Parameter(negative="")] = None,
+    map_: Annotated[list[str] | None, Parameter(name="--map", negative="")] = None,
+    preset: Literal["paper"] | None = None,
+    n: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    repetition_penalty: float | None = None,
+    max_tokens: int | None = None,
+    seed: int | None = None,
+    problems: int | None = None,
+    template: str | None = None,
+    system: str | None = None,
+    suffix: str | None = None,
+    chat: Annotated[list[str] | None, Parameter(negative="")] = None,
+    stop_token_id: Annotated[list[int] | None, Parameter(negative="")] = None,
+    revision: str | None = None,
+    trust_remote_code: Annotated[bool, Parameter(negative="")] = False,
+    attn: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    max_rows: int = MAX_ROWS,
+    scope: Literal["after_think", "all"] | None = None,
+    no_fallback: Annotated[bool, Parameter(negative="")] = False,
+    tolerance: str | None = None,
+    timeout_s: float | None = None,
+    workers: int | None = None,
+    allow_unsandboxed: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Evaluate a model, or judge stored responses.
+
+    Draws n samples of every problem, judges each, and reports Avg@k, the
+    unbiased Pass@k, 95 % intervals over problems, truncation and no-verdict
+    rates, length and distinct answers. Samples are kept as they end: the same
+    command goes on where an interrupted one stopped, and ends with the same
+    results.json. docs/evaluation.md says how to read the numbers.
+
+    Parameters
+    ----------
+    out
+        Folder for results.json, results.md, samples.jsonl: new, or of this evaluation begun before.
+    model
+        A Hugging Face folder, a hub id, zoo:student or zoo:teacher.
+    responses
+        A file of responses to judge without any model: rows with prediction and answer, perhaps
+        problem_id (samples of one problem share it), id, problem, tolerance, finish_reason, tokens.
+    benchmark
+        NAME, or NAME=PATH for a file; may be repeated. Names: zoo, aime24, aime25, amc23, math500, minerva,
+        olympiadbench, gsm8k, humaneval, livecodebench, codeforces; any other NAME=PATH is your own.
+    map_
+        OURS=THEIRS: a column of the responses that has another name; may be repeated.
+    preset
+        paper: 32 samples, temperature 0.6, top-p 0.95, top-k 20, 32768 tokens, repetition penalty 1.08
+        for Qwen3-1.7B-Base. Options win over it.
+    n
+        Samples a problem. Default 8.
+    temperature
+        Sampling temperature, > 0. Default 0.6.
+    top_p
+        Default 1, off.
+    top_k
+        Default 0, off.
+    repetition_penalty
+        Default 1, off.
+    max_tokens
+        Response tokens at most. Default 4096; 64 for the zoo.
+    seed
+        Of the samples. Default 0.
+    problems
+        Take the first N problems of each benchmark only; the results say so.
+    template
+        none for the bare problem, or a Jinja file; default: the tokenizer's own chat template.
+    system
+        A system message.
+    suffix
+        Appended to each problem. Default: a request for the final answer in a box, or for one block of
+        code; nothing for the zoo and for chat messages.
+    chat
+        NAME=VALUE for the chat template, such as enable_thinking=false; may be repeated.
+    stop_token_id
+        One more token that ends a response; may be repeated.
+    revision
+        The model's revision on the hub.
+    trust_remote_code
+        Run the code that a model brings.
+    attn
+        Attention implementation of transformers.
+    dtype
+        Of the weights; auto: bfloat16 on a GPU, float32 on a CPU.
+    device
+        auto, cpu, cuda or cuda:N.
+    max_rows
+        Sequences decoded at once. Lower it where memory runs out.
+    scope
+        Where the answer may stand: after_think (default), behind the thinking block; or all.
+    no_fallback
+        Without a box there is no answer: do not look for "answer is" or the last number.
+    tolerance
+        For numbers: absolute (0.01) or relative (1%). A problem's own wins.
+    timeout_s
+        CPU seconds a maths answer at most. Default 5.
+    workers
+        Judging processes. Default: one for each core.
+    allow_unsandboxed
+        Run code without bubblewrap: only where all of it is trusted.
+    """
+    if (model is None) == (responses is None):
+        raise ConfigError("--model and --responses " + ("both" if model else "missing"), "one of them", "give one")
+    verify = {
+        "scope": scope,
+        "fallback": False if no_fallback else None,
+        "tolerance": _number(tolerance),
+        "timeout_s": timeout_s,
+        "workers": workers,
+        "allow_unsandboxed": allow_unsandboxed or None,
+    }
+    given = {
+        "n": n,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "repetition_penalty": repetition_penalty,
+        "max_tokens": max_tokens,
+        "seed": seed,
+        "problems": problems,
+    }
+    if responses is not None:
+        idle = {**given, "preset": preset, "benchmark": benchmark, "template": template, "system": system,
+                "suffix": suffix, "chat": chat, "revision": revision}  # fmt: skip
+        for name, value in idle.items():
+            if value is not None:
+                option = "--" + name.replace("_", "-")
+                raise ConfigError(f"{option} with --responses", "options of judging alone", f"leave {option} out")
+        config = build_config("zoo:student", None, {}, {}, verify=verify)
+        return run(out, lambda: _from_responses(responses, map_ or [], config))
+    if map_:
+        raise ConfigError("--map without --responses", "columns of a responses file", "leave it out")
+    if not benchmark:
+        raise ConfigError("no --benchmark", "at least one", "for example --benchmark aime24, or NAME=PATH")
+    assert model is not None
+    prompting = {
+        "template": template,
+        "system": system,
+        "kwargs": chat_kwargs(chat or []),
+        "stop_token_ids": stop_token_id,
+    }
+    config = build_config(
+        model,
+        revision,
+        sampling_options(preset, model, given),
+        prompting,
+        verify=verify,
+        rollout={"max_rows": max_rows},
+        train={"device": device},
+    )
+    config = config.model_copy(
+        update={
+            "model": config.model.model_copy(
+                update={"trust_remote_code": trust_remote_code, "attn_implementation": attn}
+            )
+        }
+    )
+
+    def prepare() -> Prepared:
+        from scope_opd.cli.eval_model import from_model
+
+        return from_model(config, benchmark, suffix=suffix, preset=preset, dtype=dtype)
+
+    return run(out, prepare)
+
+
+@dataclass(slots=True)
+class Prepared:
+    """An evaluation ready to run.
+
+    Attributes:
+        tasks: its benchmarks.
+        settings: what settings.json holds: everything that a sample or a verdict depends on.
+        data: what is recorded of each benchmark's data.
+        open_sampler: loads the engine; called only where samples are missing.
+        close: ends the verifiers' processes.
+        lines: worth showing before it starts.
+    """
+
+    tasks: Sequence[Task]
+    settings: Mapping[str, Any]
+    data: Mapping[str, Mapping[str, Any]]
+    open_sampler: Callable[[], Sampler]
+    close: Callable[[], None]
+    lines: Sequence[str] = ()
+
+
+def run(out: Path, prepare: Callable[[], Prepared]) -> int:
+    """Prepare, draw and judge what is missing, and write the results."""
+    from scope_opd.cli.eval_progress import Meter, open_progress
+    from scope_opd.evaluate.results import build_results
+    from scope_opd.evaluate.session import pending_batches, run_batches
+    from scope_opd.evaluate.store import SampleStore
+
+    with in_options():
+        prepared = prepare()
+        store = None
+        meter = Meter()
+        total = 0
+        try:
+            store = SampleStore.open(out.expanduser(), prepared.settings)
+            for line in prepared.lines:
+                print(line, file=sys.stderr, flush=True)
+            total = sum(sum(task.counts.values()) for task in prepared.tasks)
+            pending = pending_batches(prepared.tasks, store)
+            began = time.time()
+            if pending:
+                run_batches(pending, prepared.open_sampler(), store, open_progress(meter), total=total)
+            elif store.samples:
+                print(f"all {total} samples are there already", file=sys.stderr)
+            results = build_results(prepared.tasks, store, prepared.settings, prepared.data)
+            _finish(store, results, meter, began)
+        except KeyboardInterrupt:
+            kept = 0 if store is None else len(store.samples)
+            print(
+                f"interrupted: {kept} of {total} samples are kept in {out}; give the same command again to go on",
+                file=sys.stderr,
+            )
+            return 130
+        finally:
+            prepared.close()
+            if store is not None:
+                store.close()
+    return 0
+
+
+def _finish(store: Any, results: Mapping[str, Any], meter: Any, began: float) -> None:
+    """results.json, results.md, a line in run.json about this process, and the table on the terminal."""
+    from scope_opd.evaluate.store import RESULTS
+    from scope_opd.evaluate.tables import TERMINAL_KS, notes, result_table, results_markdown
+
+    store.write_json(RESULTS, results)
+    store.write("results.md", results_markdown(results))
+    _record_run(store, meter, began)
+    show_table(*result_table(results, most_ks=TERMINAL_KS))
+    print("\n".join(notes(results)))
+    print(f"results: {store.path / RESULTS}")
+
+
+def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout: in columns as wide as the terminal allows, or as they need where there is none."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=240)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _record_run(store: Any, meter: Any, began: float) -> None:
+    """Times, versions and the machine, which results.json must not hold."""
+    import json
+    import platform
+    from datetime import UTC, datetime
+    from importlib.metadata import version
+
+    from scope_opd import __version__
+    from scope_opd.evaluate.store import RUN
+
+    try:
+        former = json.loads((store.path / RUN).read_text(encoding="utf-8"))["runs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        former = []
+    seconds = time.time() - began
+    entry = {
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "samples": meter.new,
+        "tokens": meter.tokens,
+        "tokens_per_s": round(meter.tokens / seconds, 1) if meter.tokens and seconds > 0 else None,
+        "scope_version": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "math-verify", "numpy")},
+    }
+    store.write_json(RUN, {"runs": [*former, entry]})
+
+
+def _from_responses(path: Path, mapped: Sequence[str], config: Config) -> Prepared:
+    from scope_opd.evaluate.loading import file_sha256
+    from scope_opd.evaluate.responses import StoredSampler, parse_map, read_responses
+    from scope_opd.evaluate.session import Task
+    from scope_opd.types import SamplingParams
+    from scope_opd.verify.answers import build_answer_verifier
+
+    source = path.expanduser()
+    name = source.name.split(".")[0] or "responses"
+    columns = parse_map(mapped)
+    found = read_responses(source, columns, name=name)
+    sha256 = file_sha256(source)
+    verifier = build_answer_verifier(config.verify)
+    try:
+        verifier.prepare(prompt.answer for prompt in found.prompts)
+    except BaseException:
+        verifier.close()
+        raise
+    counts = {prompt: len(rollouts) for prompt, rollouts in found.rollouts.items()}
+    params = SamplingParams(n=max(counts.values()), temperature=1.0, max_tokens=1, stop_token_ids=(), seed=0)
+    settings = {
+        "source": {"kind": "responses", "responses": str(path), "sha256": sha256},
+        "columns": columns,
+        "verifier": verify_options(config.verify),
+    }
+    rows = sum(counts.values())
+    data = {"source": str(path), "sha256": sha256, "revision": None, "rows": len(found.prompts), "partial": False}
+    lines = [f"{rows} responses to {len(found.prompts)} problems"]
+    if not found.grouped:
+        lines.append("note: no problem_id, so each row is a problem of its own (--map problem_id=COLUMN names it)")
+    task = Task(name, found.prompts, counts, params, verifier, batch_problems=_JUDGED_TOGETHER)
+    return Prepared([task], settings, {name: data}, lambda: StoredSampler(found.rollouts), verifier.close, lines)
+
+
+_JUDGED_TOGETHER = 64
+"""Problems a batch where nothing is sampled."""
+
+
+def _number(text: str | None) -> float | str | None:
+    """A tolerance as typed: a number, or a share such as "1%" that the verifier reads."""
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text

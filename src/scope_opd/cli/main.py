@@ -31,6 +31,8 @@ COMMANDS = {
     "demo": "demo:demo",
     "train": "train_command:train",
     "weights": "weights:weights",
+    "eval": "eval_command:evaluate",
+    "compare": "compare_command:compare",
     "verify": "verify_command:verify",
     "report": "report_command:report",
     "data": "data_command:app",

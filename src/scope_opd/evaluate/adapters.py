@@ -74,25 +74,25 @@ def olympiadbench(row: Mapping[str, Any], number: int) -> Adapted:
 
 
 def humaneval(row: Mapping[str, Any], number: int) -> Adapted:
-    from scope_opd.verify.code.formats import humaneval_answer
+    from scope_opd.verify.code.loaders import from_humaneval
 
     problem = _first(row, "prompt", "problem")
     shown = f"Complete this Python function.\n\n```python\n{problem}```" if isinstance(problem, str) else problem
-    return _named(row, shown, humaneval_answer(row), _first(row, "task_id", "id"))
+    return _named(row, shown, from_humaneval(row), _first(row, "task_id", "id"))
 
 
 def livecodebench(row: Mapping[str, Any], number: int) -> Adapted:
-    from scope_opd.verify.code.formats import livecodebench_answer
+    from scope_opd.verify.code.loaders import from_livecodebench
 
     problem = _with_starter(_first(row, "question_content", "problem"), row.get("starter_code"))
-    return _named(row, problem, livecodebench_answer(row), _first(row, "question_id", "id"))
+    return _named(row, problem, from_livecodebench(row), _first(row, "question_id", "id"))
 
 
 def taco(row: Mapping[str, Any], number: int) -> Adapted:
-    from scope_opd.verify.code.formats import taco_answer
+    from scope_opd.verify.code.loaders import from_taco
 
     problem = _with_starter(_first(row, "question", "problem"), row.get("starter_code"))
-    return _named(row, problem, taco_answer(row))
+    return _named(row, problem, from_taco(row))
 
 
 def codeforces(row: Mapping[str, Any], number: int) -> Adapted:

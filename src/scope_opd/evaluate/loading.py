@@ -76,12 +76,12 @@ def load_benchmark(benchmark: Benchmark, place: str | None, *, problems: int | N
 
         path = data_path("heldout")
         records: Iterator[tuple[str, Any]] = file_records(path)
-        data: dict[str, Any] = {"source": "zoo (heldout)", "sha256": _sha256(path), "revision": None}
+        data: dict[str, Any] = {"source": "zoo (heldout)", "sha256": file_sha256(path), "revision": None}
         source = "zoo (heldout)"
     elif place is not None and not is_hub(place):
         path = Path(place).expanduser()
         records = file_records(path)
-        data = {"source": place, "sha256": _sha256(path) if path.is_file() else None, "revision": None}
+        data = {"source": place, "sha256": file_sha256(path) if path.is_file() else None, "revision": None}
         source = str(path)
         expected = benchmark.copy_rows or expected
     else:
@@ -125,6 +125,7 @@ def _adapted(
             yield place, adapted
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -8,7 +8,7 @@ Randomness: ``params.seed`` must come from a stream that training does not use, 
 correlated with those it was trained on; ``evaluation_seed`` derives one. Methods evaluated with the same seed then meet
 the same uniforms (common random numbers), which only helps a paired comparison.
 
-Not covered: benchmarks by name, stored responses, resuming a half-done evaluation.
+Not covered: benchmarks by name, stored responses and resuming (``session``, built on ``judge_stream``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,11 +125,9 @@ async def evaluate(
         ids = [prompt.id for prompt in prompts]
         twice = next(name for name in ids if ids.count(name) > 1)
         raise DataError(f"problem id {twice!r} occurs twice", "unique ids", "rename or drop one of the rows")
-    by_id = {prompt.id: prompt for prompt in prompts}
     negative_logprobs: list[float] = []
 
-    async def judge(rollout: Rollout) -> None:
-        verdict: Verdict = await verifier.verify(rollout, by_id[rollout.group])
+    def count(rollout: Rollout, verdict: Verdict) -> None:
         tally = tallies[rollout.group]
         tally.samples += 1
         tally.tokens += len(rollout.token_ids)
@@ -142,9 +140,38 @@ async def evaluate(
         # fsum is exact, so one partial sum a rollout keeps memory flat and the total the same in any order of arrival
         negative_logprobs.append(-math.fsum(rollout.logprobs))
 
+    await judge_stream(sampler, verifier, prompts, params, count, step=step, policy_version=policy_version)
+    for name, tally in tallies.items():
+        if tally.samples != params.n:
+            raise RunFailed(f"problem {name!r} has {tally.samples} samples", f"{params.n}", "the sampler lost some")
+    return _result(tallies, negative_logprobs, params, step=step, policy_version=policy_version)
+
+
+async def judge_stream(
+    sampler: Sampler,
+    verifier: Verifier,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    take: Callable[[Rollout, Verdict], None],
+    *,
+    step: int = 0,
+    policy_version: int = 0,
+) -> None:
+    """Hand every rollout of the prompts to ``take`` with its verdict, as verdicts come; verdicts overlap sampling.
+
+    Raises:
+        RunFailed: the sampler gave a rollout of another prompt.
+        Exception: whatever sampler, verifier or ``take`` raised first; nothing of theirs goes on behind it.
+    """
+    by_id = {prompt.id: prompt for prompt in prompts}
+
+    async def judge(rollout: Rollout) -> None:
+        take(rollout, await verifier.verify(rollout, by_id[rollout.group]))
+
     pending: set[asyncio.Task[None]] = set()
+    source = sampler.sample(prompts, params, step=step, policy_version=policy_version)
     try:
-        async for rollout in sampler.sample(prompts, params, step=step, policy_version=policy_version):
+        async for rollout in source:
             if rollout.group not in by_id:
                 raise RunFailed(f"the sampler returned a rollout of {rollout.group!r}", "one of the prompts given")
             pending.add(asyncio.create_task(judge(rollout)))
@@ -156,11 +183,8 @@ async def evaluate(
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
-
-    for name, tally in tallies.items():
-        if tally.samples != params.n:
-            raise RunFailed(f"problem {name!r} has {tally.samples} samples", f"{params.n}", "the sampler lost some")
-    return _result(tallies, negative_logprobs, params, step=step, policy_version=policy_version)
+        if isinstance(source, AsyncGenerator):  # left in mid-stream it would clean up only as garbage
+            await source.aclose()
 
 
 async def _settle(pending: set[asyncio.Task[None]], until: str) -> set[asyncio.Task[None]]:

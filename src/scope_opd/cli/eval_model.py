@@ -1,0 +1,267 @@
+"""``scope eval --model``: from a config and benchmark names to prompts, a verifier and a sampler in this process.
+
+Order: benchmarks, verifiers, tokenizer and prompts, and only where samples are missing the weights.
+
+Not covered: other engines; one stands behind the same Protocol and replaces ``_open_sampler``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from scope_opd.cli.eval_command import Prepared
+from scope_opd.cli.eval_settings import verify_options
+from scope_opd.cli.inputs import model_config, student_tokenizer
+from scope_opd.config import Config
+from scope_opd.data.prompts import render_prompts
+from scope_opd.data.rows import Row
+from scope_opd.errors import DataError, RunFailed
+from scope_opd.evaluate.benchmarks import CODE_SUFFIX, Benchmark
+from scope_opd.evaluate.loading import Loaded, load_benchmark, parse_benchmark
+from scope_opd.evaluate.run import evaluation_seed
+from scope_opd.evaluate.session import Task, prompt_id
+from scope_opd.gold import is_code
+from scope_opd.models.loading import context_length, end_token_ids, load_model, resolve_device, resolve_path
+from scope_opd.rollout.local import LocalSampler
+from scope_opd.types import Prompt, SamplingParams, Verifier
+from scope_opd.verify.answers import AnswerVerifier, build_answer_verifier
+from scope_opd.zoo.verifier import RunningSumVerifier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NO_LIMIT = 1 << 30
+_IDENTITY_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt", "*.py")
+
+
+def from_model(config: Config, names: Sequence[str], *, suffix: str | None, preset: str | None, dtype: str) -> Prepared:
+    """Everything that an evaluation of ``config.model`` needs, without its weights.
+
+    Raises:
+        ScopeError: anything that is wrong with benchmarks, data, prompts or settings.
+    """
+    limit = config.eval.problems if "problems" in config.eval.model_fields_set else None
+    loaded = [load_benchmark(*each, problems=limit) for each in _distinct(names)]
+    device = resolve_device(config.train.device)
+    weights = dtype if dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    identity = model_identity(config)
+    tokenizer = student_tokenizer(config)
+    found = model_config(config.model.path, config.model.revision, config.model.trust_remote_code)
+    context = None if found is None else context_length(found)
+    answers = None
+    if any(each.benchmark.verifier == "answers" for each in loaded):
+        answers = build_answer_verifier(config.verify)
+    try:
+        if answers is not None:
+            answers.prepare(row.answer for each in loaded if each.benchmark.verifier == "answers" for row in each.rows)
+        tasks = [_task(config, each, tokenizer, context, answers, suffix) for each in loaded]
+    except BaseException:
+        if answers is not None:
+            answers.close()
+        raise
+    sampling = {
+        "n": config.eval.n,
+        "temperature": config.eval.temperatures[0],
+        "top_p": config.eval.top_p,
+        "top_k": config.eval.top_k,
+        "repetition_penalty": config.eval.repetition_penalty,
+        "seed": config.run.seed,
+    }
+    settings = {
+        "source": {"kind": "model", "model": config.model.path, "revision": config.model.revision, **identity},
+        "preset": preset,
+        "sampling": sampling,
+        "prompt": {
+            "template": config.chat.template,
+            "template_sha256": _template_sha256(config),
+            "system": config.chat.system,
+            "kwargs": config.chat.kwargs,
+            "stop_token_ids": config.chat.stop_token_ids,
+        },
+        "verifier": verify_options(config.verify),
+        "engine": {
+            "kind": "in-process",
+            "device": device.type,
+            "dtype": weights,
+            "max_rows": config.rollout.max_rows,
+            "attn_implementation": config.model.attn_implementation,
+        },
+        "benchmarks": {
+            each.benchmark.name: {
+                **{key: each.data[key] for key in ("source", "sha256", "revision")},
+                "problems": len(each.rows),
+                "suffix": _suffix(each, suffix),
+                "max_tokens": task.params.max_tokens,
+                "verifier": each.benchmark.verifier,
+            }
+            for each, task in zip(loaded, tasks, strict=True)
+        },
+    }
+    lines = [_described(each) for each in loaded]
+    lines.append(f"first prompt: {tasks[0].prompts[0].text!r}")
+
+    def open_sampler() -> LocalSampler:
+        return _open_sampler(config, tasks, tokenizer, weights, device)
+
+    close = answers.close if answers is not None else _nothing
+    return Prepared(tasks, settings, {each.benchmark.name: each.data for each in loaded}, open_sampler, close, lines)
+
+
+def model_identity(config: Config) -> dict[str, str | None]:
+    """What tells a model's weights apart: a hash of a folder's files, or the hub's commit."""
+    path = resolve_path(config.model.path)
+    if not Path(path).is_dir():
+        found = model_config(path, config.model.revision, config.model.trust_remote_code)
+        return {"sha256": None, "commit": getattr(found, "_commit_hash", None)}
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in _IDENTITY_FILES for file in Path(path).glob(pattern)}):
+        with file.open("rb") as stream:
+            digest.update(f"{file.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return {"sha256": digest.hexdigest(), "commit": None}
+
+
+def _distinct(names: Sequence[str]) -> list[tuple[Benchmark, str | None]]:
+    parsed = [parse_benchmark(name) for name in names]
+    seen: set[str] = set()
+    for benchmark, _ in parsed:
+        if benchmark.name in seen:
+            raise DataError(f"--benchmark names {benchmark.name} twice", "each once", "drop one, or rename it")
+        seen.add(benchmark.name)
+    return parsed
+
+
+def _task(
+    config: Config,
+    loaded: Loaded,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
+    answers: AnswerVerifier | None,
+    suffix: str | None,
+) -> Task:
+    benchmark = loaded.benchmark
+    chat = config.chat.model_copy(update={"suffix": _suffix(loaded, suffix)})
+    max_tokens = config.eval.max_tokens or benchmark.max_tokens
+    prompts = render_prompts(loaded.rows, tokenizer, chat, max_prompt_tokens=_NO_LIMIT)
+    if context is not None:
+        _check_room(prompts, loaded.rows, max_tokens, context, config.model.path)
+    named = [
+        Prompt(prompt_id(benchmark.name, p.id), p.problem, p.answer, p.token_ids, p.text, p.fields) for p in prompts
+    ]
+    params = SamplingParams(
+        n=config.eval.n,
+        temperature=config.eval.temperatures[0],
+        max_tokens=max_tokens,
+        stop_token_ids=(),
+        seed=evaluation_seed(config.run.seed),
+        top_p=config.eval.top_p,
+        top_k=config.eval.top_k,
+        repetition_penalty=config.eval.repetition_penalty,
+    )
+    verifier: Verifier = RunningSumVerifier() if benchmark.verifier == "zoo" else _given(answers)
+    counts = {prompt.id: config.eval.n for prompt in named}
+    rows = config.rollout.max_rows or 1
+    return Task(benchmark.name, named, counts, params, verifier, batch_problems=max(1, rows // config.eval.n))
+
+
+def _check_room(prompts: Sequence[Prompt], rows: Sequence[Row], max_tokens: int, context: int, model: str) -> None:
+    longest, row = max(zip(prompts, rows, strict=True), key=lambda pair: len(pair[0].token_ids))
+    length = len(longest.token_ids)
+    if length + max_tokens <= context:
+        return
+    raise DataError(
+        f"{row.where} (id {row.id!r}): a prompt of {length} tokens and --max-tokens = {max_tokens}",
+        f"together at most {context}, the context of {model}",
+        f"give --max-tokens {context - length}" if length < context else "drop the problem, or take another model",
+    )
+
+
+def _suffix(loaded: Loaded, given: str | None) -> str:
+    """What was asked for, else the benchmark's own; nothing behind messages, which bring their instructions."""
+    if given is not None:
+        return given
+    if any(row.messages for row in loaded.rows):
+        return ""
+    return CODE_SUFFIX if all(is_code(row.answer) for row in loaded.rows) else loaded.benchmark.suffix
+
+
+def _described(loaded: Loaded) -> str:
+    data = loaded.data
+    line = f"{loaded.benchmark.name}: {len(loaded.rows)} problems from {data['source']}"
+    if data["partial"]:
+        line += f", the first of {data['rows'] - data['left_out']}"
+    return line + (f"; {data['left_out']} left out, which need a checker of their own" if data["left_out"] else "")
+
+
+def _open_sampler(
+    config: Config, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, dtype: str, device: torch.device
+) -> LocalSampler:
+    print("loading the model ...", file=sys.stderr, flush=True)
+    try:
+        model = load_model(
+            config.model.path,
+            revision=config.model.revision,
+            dtype=getattr(torch, dtype),
+            device=device,
+            attn_implementation=config.model.attn_implementation,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise _out_of_memory(error) from None
+    ends = end_token_ids(model, tokenizer, config.chat.stop_token_ids)
+    return BoundedSampler(model, tokenizer, ends, max_rows=config.rollout.max_rows)
+
+
+class BoundedSampler(LocalSampler):
+    """``LocalSampler`` that knows the model's end tokens, and says in one line when memory runs out."""
+
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...], *, max_rows: int | None
+    ) -> None:
+        super().__init__(model, tokenizer, max_rows=max_rows)
+        self.ends = ends
+
+    async def sample(self, prompts: Any, params: SamplingParams, *, step: int, policy_version: int) -> Any:
+        from dataclasses import replace
+
+        source = super().sample(
+            prompts, replace(params, stop_token_ids=self.ends), step=step, policy_version=policy_version
+        )
+        try:
+            async for rollout in source:
+                yield rollout
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise _out_of_memory(error) from None
+        finally:
+            await source.aclose()
+
+
+def _out_of_memory(error: BaseException) -> RunFailed:
+    text = " ".join(str(error).split())
+    return RunFailed(
+        f"out of memory: {text[:160] or type(error).__name__}",
+        "an evaluation that fits",
+        "lower --max-rows or --max-tokens, with another --out",
+    )
+
+
+def _template_sha256(config: Config) -> str | None:
+    """Of a Jinja file's bytes: the same path may hold another template tomorrow."""
+    template = config.chat.template
+    if template is None or not Path(template).is_file():
+        return None
+    return hashlib.sha256(Path(template).read_bytes()).hexdigest()
+
+
+def _given(answers: AnswerVerifier | None) -> AnswerVerifier:
+    assert answers is not None
+    return answers
+
+
+def _nothing() -> None:
+    pass

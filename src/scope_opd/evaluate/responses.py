@@ -1,0 +1,156 @@
+"""Stored responses: rows of a file judged without any model, through the same path as sampled ones.
+
+Rows have ``prediction`` and ``answer`` (any gold form), and where they are there ``id``, ``problem_id`` (rows that
+share it are samples of one problem; without it each row is a problem of its own), ``problem``, ``tolerance``,
+``finish_reason`` and ``tokens`` (the response's length).
+
+Not covered: rows that hold several predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scope_opd.data.files import file_records
+from scope_opd.errors import ConfigError, DataError
+from scope_opd.evaluate.session import prompt_id
+from scope_opd.gold import answer_from_text, check_answer, is_code, parse_math_gold, parse_tolerance
+from scope_opd.types import Prompt, Rollout, SamplingParams
+
+FIELDS = ("id", "problem_id", "prediction", "answer", "problem", "tolerance", "finish_reason", "tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Responses:
+    """What a file holds.
+
+    Attributes:
+        prompts: its problems, in the order of their first rows; ids ``NAME/PROBLEM``.
+        rollouts: the responses of each, by prompt id, in the order of the file.
+        grouped: whether rows name their problem.
+    """
+
+    prompts: list[Prompt]
+    rollouts: dict[str, list[Rollout]]
+    grouped: bool
+
+
+class StoredSampler:
+    """Hands out stored responses; implements ``types.Sampler``. ``params`` say nothing here."""
+
+    def __init__(self, rollouts: Mapping[str, Sequence[Rollout]]) -> None:
+        self.rollouts = rollouts
+
+    async def sample(
+        self, prompts: Sequence[Prompt], params: SamplingParams, *, step: int, policy_version: int
+    ) -> AsyncIterator[Rollout]:
+        """Yield every stored response of the prompts."""
+        for prompt in prompts:
+            for rollout in self.rollouts[prompt.id]:
+                yield rollout
+
+
+def parse_map(entries: Iterable[str]) -> dict[str, str]:
+    """``["answer=gold"]`` -> ``{"answer": "gold"}``: our name, the file's.
+
+    Raises:
+        ConfigError: something else, or a name that is not ours.
+    """
+    found: dict[str, str] = {}
+    for entry in entries:
+        ours, separator, theirs = entry.partition("=")
+        if not separator or not theirs or ours not in FIELDS:
+            raise ConfigError(f"--map {entry}", f"OURS=THEIRS with ours one of {', '.join(FIELDS)}", "mend it")
+        if ours in found:
+            raise ConfigError(f"--map names {ours} twice", "each once", "drop one")
+        found[ours] = theirs
+    return found
+
+
+def read_responses(path: str | Path, columns: Mapping[str, str], *, name: str) -> Responses:
+    """Read and check the rows of a JSONL, JSON, csv or parquet file.
+
+    Args:
+        path: the file.
+        columns: names that differ, from ``parse_map``.
+        name: of the benchmark that the results will call them.
+
+    Raises:
+        DataError: naming file and row.
+    """
+    source = str(path)
+    prompts: dict[str, Prompt] = {}
+    rollouts: dict[str, list[Rollout]] = {}
+    gold: dict[str, Any] = {}
+    ids: dict[str, str] = {}
+    grouped: bool | None = None
+    for place, row in file_records(Path(path)):
+        if isinstance(row, DataError):
+            raise row
+        where = f"{source}, {place}"
+        values = {field: row.get(columns.get(field, field)) for field in FIELDS}
+        for field in ("prediction", "answer", *columns):
+            if columns.get(field, field) not in row:
+                raise DataError(
+                    f"{where}: no column {columns.get(field, field)!r}, found {', '.join(map(str, row))}",
+                    "it in every row",
+                    f"name it with --map {field}=COLUMN",
+                )
+        has_problem = values["problem_id"] is not None
+        grouped = has_problem if grouped is None else grouped
+        if has_problem != grouped:
+            raise DataError(
+                f"{where}: {'a' if has_problem else 'no'} problem_id", "it in every row or in none", "mend it"
+            )
+        row_id = str(values["id"]) if values["id"] is not None else place.replace(" ", "-")
+        if row_id in ids:
+            raise DataError(f"{where}: the id {row_id!r} was used before, at {ids[row_id]}", "unique ids", "rename one")
+        ids[row_id] = place
+        problem = prompt_id(name, str(values["problem_id"]) if grouped else row_id)
+        answer = _answer(values, where)
+        if not isinstance(values["prediction"], str):
+            found = f"{where}: prediction is {type(values['prediction']).__name__}"
+            raise DataError(found, "a text, empty where there is no response", "convert the column")
+        if problem not in prompts:
+            text = values["problem"] if isinstance(values["problem"], str) else ""
+            prompts[problem] = Prompt(problem, text, answer, ())
+            rollouts[problem], gold[problem] = [], values["answer"]
+        elif gold[problem] != values["answer"]:
+            raise DataError(
+                f"{where}: the answer {values['answer']!r} of a problem whose answer is {gold[problem]!r}",
+                "one answer a problem",
+                "check problem_id",
+            )
+        rollouts[problem].append(_rollout(values, row_id, problem, len(rollouts[problem]), where))
+    if not prompts:
+        raise DataError(f"{source} has no rows", "at least one response", "check how it was written")
+    return Responses(list(prompts.values()), rollouts, bool(grouped))
+
+
+def _answer(values: Mapping[str, Any], where: str) -> Any:
+    answer = answer_from_text(values["answer"])
+    try:
+        check_answer(answer)
+        if values["tolerance"] is None:
+            return answer
+        if is_code(answer):
+            raise ValueError("a tolerance beside a code answer; expected none")
+        parse_tolerance(values["tolerance"])
+        forms = [list(parts) for parts in parse_math_gold(answer).alternatives]
+        written = [parts[0] if len(parts) == 1 else {"all_of": parts} for parts in forms]
+        return {"any_of": written, "tolerance": values["tolerance"]}
+    except ValueError as error:
+        raise DataError(f"{where}: {error}", remedy="mend the row") from None
+
+
+def _rollout(values: Mapping[str, Any], row_id: str, problem: str, index: int, where: str) -> Rollout:
+    finish, tokens = values["finish_reason"], values["tokens"]
+    if finish not in (None, "stop", "length"):
+        raise DataError(f"{where}: finish_reason = {finish!r}", "stop, length or null", "mend the row")
+    if tokens is not None and (type(tokens) is not int or tokens < 0):
+        raise DataError(f"{where}: tokens = {tokens!r}", "a number of tokens or null", "mend the row")
+    known = {"finish_reason": finish, "tokens": tokens}
+    return Rollout(row_id, problem, [], [], [], text=values["prediction"], sample=index, sampling=known)
