@@ -55,6 +55,7 @@ class Built:
         engines: everything the trainer is handed.
         method: the method.
         train_prompts, eval_prompts: rendered prompts; ``eval_prompts`` is empty where nothing is evaluated.
+        verifier: what judges.
         warnings: lines worth showing before the run.
     """
 
@@ -62,7 +63,13 @@ class Built:
     method: Method
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
+    verifier: Verifier
     warnings: list[str] = field(default_factory=list)
+
+    def close(self) -> None:
+        """End the verifier's processes, where it has any."""
+        if close := getattr(self.verifier, "close", None):
+            close()
 
 
 def build_engines(config: Config) -> Built:
@@ -103,6 +110,7 @@ def build_engines(config: Config) -> Built:
     if held_out and len(eval_rows) < config.eval.problems:
         warnings.append(f"eval.problems = {config.eval.problems}: data.eval has {len(eval_rows)}, all are used")
 
+    verifier, distinct_key = build_verifier(config, [*train_prompts, *eval_prompts])
     student = load_student(config, device)
     ends = end_token_ids(student, tokenizer, config.chat.stop_token_ids)
     findings = [
@@ -144,7 +152,6 @@ def build_engines(config: Config) -> Built:
             log_prob_floor=config.teacher.log_prob_floor,
         )
     warnings += checks.enforce(findings)
-    verifier, distinct_key = build_verifier(config)
     pipeline = Pipeline(
         sampler,
         verifier,
@@ -175,7 +182,7 @@ def build_engines(config: Config) -> Built:
         evaluator=evaluator,
         weights_use_tau=paths_weighted_by_perplexity(method),
     )
-    return Built(engines, method, train_prompts, eval_prompts, warnings)
+    return Built(engines, method, train_prompts, eval_prompts, verifier, warnings)
 
 
 def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
@@ -311,7 +318,7 @@ def build_model_evaluator(config: Config) -> Callable[[int, int], Any]:
     rows = load_data(config, source, "heldout").rows[: config.eval.problems]
     prompts = render(config, rows, tokenizer, contexts(config, False), max_tokens=eval_max_tokens(config))
     model = load_student(config, device)
-    verifier, distinct_key = build_verifier(config)
+    verifier, distinct_key = build_verifier(config, prompts)
     ends = end_token_ids(model, tokenizer, config.chat.stop_token_ids)
     sampler = eval_sampler(config, model, tokenizer, autocast_dtype(config, device))
     return build_evaluator(config, sampler, verifier, prompts, ends, distinct_key)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -74,19 +74,31 @@ def eval_source(config: Config) -> str | None:
     return source
 
 
-def build_verifier(config: Config) -> tuple[Verifier, Callable[[str], str] | None]:
-    """The verifier, and what makes two correct solutions "the same" (None: not counted)."""
+def build_verifier(config: Config, prompts: Iterable[Prompt] = ()) -> tuple[Verifier, Callable[[str], str] | None]:
+    """The verifier, and what makes two correct solutions "the same" (None: not counted).
+
+    Args:
+        config: names it.
+        prompts: what will be judged, so that what cannot be is known now.
+
+    Raises:
+        ScopeError: ``[verify]`` is wrong, an answer does not fit the verifier, or code has nothing to run in.
+    """
     name = config.data.verifier
-    if name == "auto":
-        name = "zoo" if config.data.train == ZOO else "boxed"
-    if name == "zoo":
+    if name == "zoo" or (name == "auto" and config.data.train == ZOO):
         from scope_opd.zoo.task import distinct_key
         from scope_opd.zoo.verifier import RunningSumVerifier
 
         return RunningSumVerifier(), distinct_key
-    from scope_opd.verify.boxed import BoxedVerifier
+    if name == "boxed":
+        from scope_opd.verify.boxed import BoxedVerifier
 
-    return BoxedVerifier(), None
+        return BoxedVerifier(), None
+    from scope_opd.verify.answers import build_answer_verifier
+
+    verifier = build_answer_verifier(config.verify, name)
+    verifier.prepare(prompts)
+    return verifier, None
 
 
 def build_configured_method(config: Config) -> Method:

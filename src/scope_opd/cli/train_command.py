@@ -76,7 +76,10 @@ def train(
         for warning in built.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         print(f"first prompt: {built.engines.schedule.batch(0)[0].text!r}", file=sys.stderr, flush=True)
-        result = loop.train(settings, built.engines, resume=resume)
+        try:
+            result = loop.train(settings, built.engines, resume=resume)
+        finally:
+            built.close()
     print("\n".join(outcome(result)))
     return 0
 

@@ -94,11 +94,12 @@ def verify(
             "fallback": False if no_fallback else None,
             "tolerance": _number(tolerance),
             "timeout_s": timeout_s,
-            "code_timeout_s": timeout_s,
             "workers": workers,
             "allow_unsandboxed": allow_unsandboxed,
         }
     )
+    if timeout_s is not None:
+        settings = settings.model_copy(update={"code_timeout_s": timeout_s})
     verifier = build_answer_verifier(settings)
     with Judging(verifier, settings) as judging:
         for row in read_answers(file):
@@ -234,7 +235,7 @@ class Judging:
             code = self.verifier.code
             if self._code_threads is None:
                 self._code_threads = ThreadPoolExecutor(self._workers or usable_cores())
-            future = self._code_threads.submit(code.judge, row.prediction, row.answer)
+            future = self._code_threads.submit(code.judge, row.prediction, row.answer, form=row.form)
         else:
             assert self.verifier.maths is not None
             settings = replace(self.maths, form=row.form, tolerance=row.tolerance or self.maths.tolerance)
@@ -322,7 +323,6 @@ def _settings(options: dict[str, Any]) -> VerifyConfig:
 
 
 def _as_options(text: str, options: dict[str, Any]) -> str:
-    text = text.replace("verify.code_timeout_s", "verify.timeout_s")
     for name in options:
         text = text.replace(f"verify.{name}", f"--{name.replace('_', '-')}")
     return text

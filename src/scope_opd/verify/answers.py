@@ -19,6 +19,8 @@ from scope_opd.verify.math_verifier import MathVerifier
 if TYPE_CHECKING:
     from scope_opd.verify.code.verifier import CodeVerifier
 
+AUTO = 'set data.verifier = "auto", which judges both'
+
 
 def math_settings(settings: VerifyConfig) -> MathSettings:
     """What ``[verify]`` says of maths answers.
@@ -45,7 +47,9 @@ def build_answer_verifier(settings: VerifyConfig, kind: Literal["auto", "math", 
         from scope_opd.verify.code.verifier import CodeLimits, CodeVerifier
 
         limits = CodeLimits(timeout_s=settings.code_timeout_s, memory_mb=settings.code_memory_mb)
-        return CodeVerifier(limits, workers=settings.workers, allow_unsandboxed=settings.allow_unsandboxed)
+        return CodeVerifier(
+            limits, workers=settings.workers, allow_unsandboxed=settings.allow_unsandboxed, scope=settings.scope
+        )
 
     return AnswerVerifier(
         None if kind == "code" else MathVerifier(maths, timeout_s=settings.timeout_s, workers=settings.workers),
@@ -67,15 +71,15 @@ class AnswerVerifier:
         self._code: CodeVerifier | None = None
         self._lock = threading.Lock()
 
-    def prepare(self, answers: Iterable[Any]) -> None:
-        """Look at the answers that will come, so that what cannot be judged here is known before anything is loaded.
+    def prepare(self, prompts: Iterable[Prompt]) -> None:
+        """Look at the prompts that will come, so that what cannot be judged here is known before anything is loaded.
 
         Raises:
             DataError: an answer of a kind that this verifier refuses.
             ScopeError: code, and nothing to run it in.
         """
-        for number, answer in enumerate(answers, start=1):
-            self._for(answer, f"answer {number}")
+        for prompt in prompts:
+            self._for(prompt.answer, f"prompt {prompt.id!r}")
 
     async def verify(self, rollout: Rollout, prompt: Prompt) -> Verdict:
         """Judge ``rollout.text`` against ``prompt.answer``.
@@ -101,10 +105,10 @@ class AnswerVerifier:
     def _for(self, answer: Any, where: str) -> MathVerifier | CodeVerifier:
         if is_code(answer):
             if self._build_code is None:
-                raise DataError(f"{where} is code, and the verifier is math", "maths", 'set data.verifier = "auto"')
+                raise DataError(f"{where}: the answer is code", "maths (the verifier is math)", AUTO)
             return self.code
         if self.maths is None:
-            raise DataError(f"{where} is not code, and the verifier is code", "code", 'set data.verifier = "auto"')
+            raise DataError(f"{where}: the answer is not code", "code (the verifier is code)", AUTO)
         return self.maths
 
     def close(self) -> None:

@@ -20,6 +20,9 @@ from scope_opd.verify.math.fast import judge_fast
 from scope_opd.verify.math.settings import MathSettings
 from scope_opd.verify.workers import WorkerPool
 
+FAST_CHARACTERS = 200_000
+"""Longer texts are read by a worker, under its limit: nothing that a model wrote may hold up this process."""
+
 
 class MathVerifier:
     """Judges maths answers.
@@ -79,7 +82,8 @@ class MathVerifier:
         """
         gold = read_gold(answer, where)
         chosen = settings or self.settings
-        known = judge_fast(prediction, gold, problem, chosen)
+        short = len(prediction) <= FAST_CHARACTERS
+        known = judge_fast(prediction, gold, problem, chosen) if short else None
         if known is None:
             return self.pool.submit(prediction, gold, problem, chosen)
         future: Future[Verdict] = Future()
