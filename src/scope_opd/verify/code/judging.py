@@ -5,7 +5,9 @@
     here                 expected outputs of calls and runs, and the verdict
 
 The two sandboxes share nothing: each has a pipe to this process, which passes calls and answers on as plain data. The
-tests' sandbox reports whether the check code ran to its end; the solution's has no way to reach that pipe.
+tests' sandbox reports whether the check code ran to its end; the solution's has no way to reach that pipe. Every
+solution has a sandbox of its own. One for tests runs one check after another, each in a process that it forks: its
+code comes from data sets, and what it is given are plain values.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 from scope_opd.verify.code.compare import same_value, shown, text_difference
 from scope_opd.verify.code.formats import CallTask, CheckTask, StdioTask, Task
@@ -23,18 +26,31 @@ from scope_opd.verify.sandbox.driver import NotPlainError, decode, read_json
 from scope_opd.verify.sandbox.limits import CodeLimits
 from scope_opd.verify.sandbox.process import Sandbox, SandboxFailure, Stopped, error_of
 
-Start = Callable[[ExitStack], Sandbox]
+TEST_IMPORTS = ("typing", "math", "random", "copy")
+"""What most check code and most prompts import: loaded once for all checks of a sandbox."""
 _AT_LINE = re.compile(r"\(line (\d+)\)$")
 
 
-def run_tests(task: Task, pieces: list[str], limits: CodeLimits, start: Start) -> str | None:
+class Rooms(Protocol):
+    """Where sandboxes come from."""
+
+    def solution(self) -> AbstractContextManager[Sandbox]:
+        """A new sandbox, ended with the context."""
+        ...
+
+    def tests(self) -> AbstractContextManager[Sandbox]:
+        """A sandbox for check code, new or used; kept for the next unless the context ends with an exception."""
+        ...
+
+
+def run_tests(task: Task, pieces: list[str], limits: CodeLimits, rooms: Rooms) -> str | None:
     """Run a program against all tests of a task, in order, up to the first that fails.
 
     Args:
         task: the tests.
         pieces: the program's parts, executed one after the other in one module.
         limits: times; the rest is the sandbox's.
-        start: starts a sandbox that ends with the stack.
+        rooms: gives sandboxes.
 
     Returns:
         None when every test passed, else which failed and why.
@@ -50,21 +66,21 @@ def run_tests(task: Task, pieces: list[str], limits: CodeLimits, start: Start) -
         return min(time.monotonic() + limits.timeout_s, end)
 
     try:
-        with ExitStack() as stack:
-            if isinstance(task, CheckTask):
-                for place, test in enumerate(task.tests, 1):  # noqa: B007 - the handler below reads it
-                    with ExitStack() as pair:
-                        reason = _check(task, test, pieces, start(pair), start(pair), deadline)
-                    if reason is not None:
-                        return _test(place, count, reason)
-                return None
-            solution = start(stack)
+        if isinstance(task, CheckTask):
+            for place, test in enumerate(task.tests, 1):  # noqa: B007 - the handler below reads it
+                with rooms.solution() as solution, rooms.tests() as tests:
+                    reason = _check(task, test, pieces, solution, tests, deadline)
+                if reason is not None:
+                    return _test(place, count, reason)
+            return None
+        with rooms.solution() as solution:
             solution.enter()
-            place = 1
             _load(solution, pieces, deadline(), contest=True, process=isinstance(task, StdioTask))
-            judge_one = _run if isinstance(task, StdioTask) else _call
             for place in range(1, count + 1):
-                reason = judge_one(task, place - 1, solution, deadline())  # type: ignore[arg-type]
+                if isinstance(task, StdioTask):
+                    reason = _run(task, place - 1, solution, deadline())
+                else:
+                    reason = _call(task, place - 1, solution, deadline())
                 if reason is not None:
                     return _test(place, count, reason)
     except Stopped as stopped:
@@ -94,6 +110,8 @@ def _check(
             return None
         if kind == driver.FAILED:
             return _failed(error_of(payload), test)
+        if kind == driver.TROUBLE:
+            raise SandboxFailure(error_of(payload))
         if kind != driver.CALL:
             raise Stopped("the tests wrote over their pipe")
         solution.forward(driver.CALL, payload, until)

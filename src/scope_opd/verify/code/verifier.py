@@ -15,16 +15,16 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from scope_opd.errors import DataError
 from scope_opd.types import Prompt, Rollout, Verdict
 from scope_opd.verify.code.extract import answer_part, completion_of, defines, last_block
 from scope_opd.verify.code.formats import CheckTask, Task, parse_code_answer
-from scope_opd.verify.code.judging import compilable_prompt, run_tests
+from scope_opd.verify.code.judging import TEST_IMPORTS, compilable_prompt, run_tests
 from scope_opd.verify.sandbox.bubblewrap import SLOTS, Launcher
 from scope_opd.verify.sandbox.limits import CodeLimits
 from scope_opd.verify.sandbox.process import Sandbox, SandboxFailure
@@ -61,9 +61,7 @@ class CodeVerifier:
         self.launcher = Launcher(self.limits, sandboxed=not allow_unsandboxed)
         count = min(workers or len(os.sched_getaffinity(0)), SLOTS // 2)
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="code-verifier")
-        self._running: set[Sandbox] = set()
-        self._lock = threading.Lock()
-        self._closed = False
+        self._rooms = _Rooms(self.launcher)
 
     async def verify(self, rollout: Rollout, prompt: Prompt) -> Verdict:
         """Judge a rollout's text by its prompt's answer."""
@@ -91,11 +89,9 @@ class CodeVerifier:
 
     def close(self) -> None:
         """End what is running; a second call does nothing."""
-        with self._lock:
-            self._closed = True
-            for sandbox in self._running:
-                sandbox.kill()
+        self._rooms.kill_all()
         self._threads.shutdown(wait=True, cancel_futures=True)
+        self._rooms.close()
 
     def _submit(self, prediction: str, answer: Mapping[str, Any], form: str) -> Future[Verdict]:
         try:
@@ -110,24 +106,69 @@ class CodeVerifier:
             return Verdict(False, 0.0, None, "no code block in the response")
         for _ in range(ATTEMPTS):
             try:
-                reason = run_tests(task, pieces, self.limits, self._start)
+                reason = run_tests(task, pieces, self.limits, self._rooms)
             except SandboxFailure as failure:
                 trouble = f"no verdict: the sandbox failed ({failure})"
                 continue
-            if self._closed:
+            if self._rooms.closed:
                 return Verdict(None, None, code, "no verdict: the verifier was closed")
             passed = f"passed {len(task.tests)} test{'s' if len(task.tests) > 1 else ''}"
             return Verdict(reason is None, float(reason is None), code, passed if reason is None else reason)
         return Verdict(None, None, code, trouble)
 
-    def _start(self, stack: ExitStack) -> Sandbox:
+class _Rooms:
+    """Sandboxes in use, and those for check code that wait for the next check."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self.launcher = launcher
+        self.closed = False
+        self._lock = threading.Lock()
+        self._alive: set[Sandbox] = set()
+        self._idle: list[Sandbox] = []
+
+    @contextmanager
+    def solution(self) -> Iterator[Sandbox]:
+        sandbox = self._start(())
+        try:
+            yield sandbox
+        finally:
+            self._end(sandbox)
+
+    @contextmanager
+    def tests(self) -> Iterator[Sandbox]:
         with self._lock:
-            if self._closed:
+            used = self._idle.pop() if self._idle else None
+        sandbox = used or self._start(TEST_IMPORTS)
+        try:
+            yield sandbox
+        except BaseException:
+            self._end(sandbox)
+            raise
+        with self._lock:
+            self._idle.append(sandbox)
+
+    def kill_all(self) -> None:
+        with self._lock:
+            self.closed = True
+            for sandbox in self._alive:
+                sandbox.kill()
+
+    def close(self) -> None:
+        while self._idle:
+            self._end(self._idle.pop())
+
+    def _start(self, imports: Sequence[str]) -> Sandbox:
+        with self._lock:  # so that none starts unseen while all are being ended
+            if self.closed:
                 raise SandboxFailure("the verifier is closed")
-            sandbox = stack.enter_context(Sandbox(self.launcher))
-            self._running.add(sandbox)
-        stack.callback(self._running.discard, sandbox)
+            sandbox = Sandbox(self.launcher, imports)
+            self._alive.add(sandbox)
         return sandbox
+
+    def _end(self, sandbox: Sandbox) -> None:
+        sandbox.close()
+        with self._lock:
+            self._alive.discard(sandbox)
 
 
 def program(

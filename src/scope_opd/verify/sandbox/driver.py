@@ -7,7 +7,8 @@ imports ``encode``, ``decode`` and ``read_json`` from here, so that both ends sh
 A frame is a length (4 bytes, big-endian), a kind (1 byte) and a payload. A driver plays one of two parts:
 
     solution    holds the program under judgement: loads it, calls its functions, or runs it as a process with an input
-    tests       holds the data set's test code and a stand-in for the function, whose calls go out as frames
+    tests       holds the data set's test code and a stand-in for the function, whose calls go out as frames; it forks a
+                process for each check, so that one start serves many solutions
 
 Nothing that a solution could write over its pipe is a verdict: it can answer calls, and a program can answer calls in
 any way it likes. Whether an answer is right is decided where the solution does not run.
@@ -246,7 +247,7 @@ class Driver:
             LOAD: self.load,
             CALL: self.call,
             RUN: self.run,
-            CHECK: self.check,
+            CHECK: self.check_apart,
         }
         while True:
             kind, payload = self.receive()
@@ -315,6 +316,22 @@ class Driver:
         return status
 
     # -- the part of the tests ---------------------------------------------------------------------------------------
+
+    def check_apart(self, order: dict[str, Any]) -> None:
+        """``check`` in a forked process that speaks over our pipe while we wait, and READY when nothing of it is left."""
+        child = fork()
+        if isinstance(child, str):
+            self.send_value(TROUBLE, child)
+            return
+        if child == 0:
+            os.setsid()
+            self.check(order)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        _end_the_rest(child)
+        if status:
+            self.send_value(FAILED, ["", f"the tests ended with status {status}"])
+        self.send(READY)
 
     def check(self, order: dict[str, Any]) -> None:
         """Run test code whose calls of the function under judgement go out over the pipe."""
@@ -418,6 +435,19 @@ def find(namespace: dict[str, Any], name: str) -> Callable[..., Any]:
 # -- a program as a process ------------------------------------------------------------------------------------------
 
 
+def fork() -> int | str:
+    """``os.fork``, tried for a while; what kept it from starting a process where it cannot."""
+    import time
+
+    for _ in range(FORK_ATTEMPTS):
+        try:
+            return os.fork()
+        except OSError as error:
+            why = error.strerror
+            time.sleep(0.01)
+    return f"no process could be started ({why})"
+
+
 def run_process(body: Callable[[], int], data: bytes, max_output: int) -> tuple[bytes, bytes, int, bool] | str:
     """Run ``body`` in a forked child with ``data`` as its standard input.
 
@@ -429,14 +459,9 @@ def run_process(body: Callable[[], int], data: bytes, max_output: int) -> tuple[
 
     pipes = [os.pipe() for _ in range(3)]
     (in_read, in_write), (out_read, out_write), (err_read, err_write) = pipes
-    for attempt in range(FORK_ATTEMPTS):
-        try:
-            child = os.fork()
-            break
-        except OSError as error:
-            if attempt == FORK_ATTEMPTS - 1:
-                return f"no process could be started ({error.strerror})"
-            select.select([], [], [], 0.01)
+    child = fork()
+    if isinstance(child, str):
+        return child
     if child == 0:
         try:
             os.setsid()
@@ -490,14 +515,10 @@ def _converse(
             del err[:-2000]
         done, code = os.waitpid(child, os.WNOHANG)
         status = os.waitstatus_to_exitcode(code) if done else None
-    _end_the_rest(child)
     if status is None:
+        os.kill(child, 9)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    while os.getpid() == 1:  # everything else that it started is ours to reap
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            break
+    _end_the_rest(child)
     while len(out) <= max_output and _take(out_read, out):
         pass
     while len(err) < 4000 and _take(err_read, err):
@@ -518,6 +539,7 @@ def _take(descriptor: int, into: bytearray) -> bool:
 
 
 def _end_the_rest(child: int) -> None:
+    """End what a process that has ended left behind, in its session at least."""
     import signal
 
     try:
@@ -527,6 +549,11 @@ def _end_the_rest(child: int) -> None:
             os.killpg(child, signal.SIGKILL)
     except ProcessLookupError:
         pass
+    while os.getpid() == 1:  # whatever it started is ours to reap
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            break
 
 
 # -- entering --------------------------------------------------------------------------------------------------------
@@ -555,12 +582,15 @@ def main() -> NoReturn:
     driver = Driver(os.dup(0), os.dup(1))
     _, payload = driver.receive()
     try:
-        enter(decode(read_json(payload)))
+        order = decode(read_json(payload))
+        enter(order)
         nowhere = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):  # what a program prints while its functions are called goes nowhere
             os.dup2(nowhere, descriptor)
         os.close(nowhere)
         os.environ.clear()
+        for name in order["imports"]:
+            __import__(name)
     except OSError as error:
         driver.send_value(TROUBLE, f"{error.strerror or error}")
         os._exit(1)

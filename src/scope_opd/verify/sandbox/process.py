@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from scope_opd.verify.sandbox import driver
@@ -42,9 +42,14 @@ class Stopped(Exception):
 
 
 class Sandbox:
-    """A running sandbox; a context manager that ends it. Use it from one thread; ``kill`` may come from another."""
+    """A running sandbox; a context manager that ends it. Use it from one thread; ``kill`` may come from another.
 
-    def __init__(self, launcher: Launcher) -> None:
+    Args:
+        imports: modules of the standard library that the driver imports before it is ready.
+    """
+
+    def __init__(self, launcher: Launcher, imports: Sequence[str] = ()) -> None:
+        self.imports = imports
         self.launcher, self.limits = launcher, launcher.limits
         self.slot = launcher.slots.get()
         self.folder: tempfile.TemporaryDirectory[str] | None = None
@@ -91,6 +96,7 @@ class Sandbox:
         settings = {
             "limits": self.limits.rlimits(processes=launcher.processes()),
             "uid": launcher.user_inside(self.slot),
+            "imports": list(self.imports),
         }
         # Boot code and first order go at once, so that several sandboxes come up side by side.
         self.unsent = memoryview(launcher.boot_blob + _frame(driver.ENTER, encode(settings).encode("ascii")))
@@ -98,15 +104,16 @@ class Sandbox:
             self.unsent = self.unsent[os.write(self.to, self.unsent) :]
 
     def enter(self) -> None:
-        """Wait until the sandbox is up.
+        """Wait until the sandbox is up; for one that has done a check, until nothing of the check is left.
 
         Raises:
             SandboxFailure: it did not come up.
         """
         deadline = time.monotonic() + START_TIMEOUT_S
         try:
-            self._find_first_process(deadline)
-            self._write(self.unsent, deadline)
+            if self.first_process is None:
+                self._find_first_process(deadline)
+                self._write(self.unsent, deadline)
             kind, payload = self.receive(deadline)
         except Stopped as stopped:
             raise SandboxFailure(self._complaint() or str(stopped)) from None
