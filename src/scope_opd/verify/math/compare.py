@@ -19,7 +19,7 @@ from scope_opd.verify.math import symbolic
 from scope_opd.verify.math.numbers import read_number, same_number
 from scope_opd.verify.math.shape import Clock, Group, Many, Matrix, Named, Relation, Shape, Union_, Value, Words
 from scope_opd.verify.math.text import squeezed
-from scope_opd.verify.math.units import Unit, conversion
+from scope_opd.verify.math.units import LETTERS, Unit, conversion
 
 MAX_PAIRS = 60
 """Items of lists that are matched with each other."""
@@ -28,6 +28,7 @@ _FLIPPED = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq", "=": "=", r"
 _INDEX = re.compile(r"_\{?[0-9]+\}?$")
 _EXTREME = re.compile(r"_\{?\\?(?:text\{)?(?:max|min)\}?\}?\s*$")
 _CALL = re.compile(r"([A-Za-z]|\\[a-zA-Z]+)\(([a-z])\)")
+_ABSOLUTE = re.compile(r"\s*\|\s*([a-zA-Z])\s*\|\s*")
 _NOTHING = frozenset(
     {"nosolution", "nosolutions", "norealsolution", "norealsolutions", "emptyset", "none", "nosuchnumber"}
 )
@@ -42,11 +43,13 @@ class Context:
         tolerance: stated for numbers, or None.
         problem: the problem in squeezed spelling, "" without one.
         asked: the unit that the problem asks for, None if it states none.
+        words: the problem as ``words_of`` writes it.
     """
 
     tolerance: Tolerance | None = None
     problem: str = ""
     asked: Unit | None = None
+    words: str = ""
 
 
 def same(found: Shape, gold: Shape, context: Context) -> bool:
@@ -64,7 +67,7 @@ def same(found: Shape, gold: Shape, context: Context) -> bool:
     if isinstance(gold, Value) and isinstance(found, Value):
         return same_value(found, gold, context)
     if isinstance(gold, Words) and isinstance(found, Words):
-        return _same_words(found.text, gold.text)
+        return _same_words(found.text, gold.text) or _restates(found.text, gold.text, context)
     if isinstance(gold, Clock) or isinstance(found, Clock):
         return _same_clock(found, gold, context)
     if isinstance(gold, Group) and isinstance(found, Group):
@@ -97,6 +100,12 @@ def same_value(found: Value, gold: Value, context: Context) -> bool:
     """Two single values: bases, per cent, degrees, units, then the number or the formula."""
     if found.base is not None or gold.base is not None:
         return _same_in_base(found, gold, context)
+    letters = [side.unit is not None and side.unit.words in LETTERS for side in (found, gold)]
+    if letters[0] != letters[1] and (found.unit is None or gold.unit is None):
+        # a unit of one letter on one side may be a variable on the other
+        whole = [side.latex + (" " + side.unit.words if side.unit else "") for side in (found, gold)]
+        if symbolic.same_formula(whole[0], whole[1], None, (None, None), Fraction(1)):
+            return True
     factor = conversion(found.unit, gold.unit)
     if factor is None:
         return False
@@ -192,7 +201,9 @@ def _decimal_comma(found: Shape, gold: Shape, context: Context) -> bool:
     if many.braces or len(many.items) != 2 or not all(isinstance(item, Value) for item in many.items):
         return False
     whole, after = (item.latex for item in many.items if isinstance(item, Value))
-    if not (re.fullmatch(r"-?[0-9]+", whole) and re.fullmatch(r"[0-9]+", after)) or len(after) == 3:
+    if not (re.fullmatch(r"-?[0-9]+", whole) and re.fullmatch(r"[0-9]+", after)) or (
+        len(after) == 3 and whole.lstrip("-") != "0"
+    ):
         return False
     if isinstance(gold, Many) and len(after) < 2:
         return False  # a gold list such as 1,3
@@ -228,6 +239,13 @@ def _same_words(found: str, gold: str) -> bool:
     if len(plain[0]) <= 3 and len(plain[1]) <= 3:
         return symbolic.same_formula(found, gold, None, (None, None), Fraction(1))
     return False
+
+
+def _restates(found: str, gold: str, context: Context) -> bool:
+    """One is the other followed by at least three words of the problem: "Petya", "Petya will receive the token"."""
+    short, long = sorted((words_of(found), words_of(gold)), key=len)
+    rest = long.removeprefix(short + " ")
+    return bool(short) and rest != long and len(rest.split()) >= 3 and f" {rest} " in f" {context.words} "
 
 
 def _same_words_and_value(found: Shape, gold: Shape, context: Context) -> bool:
@@ -395,7 +413,7 @@ def _same_matrix(found: Shape, gold: Shape, context: Context) -> bool:
 def _rows(shape: Shape) -> list[list[Shape]] | None:
     if isinstance(shape, Matrix):
         return [list(row) for row in shape.rows]
-    if isinstance(shape, Group) and (shape.opening, shape.ending) == ("(", ")"):
+    if isinstance(shape, Group) and shape.opening + shape.ending in ("()", "[]"):
         return [[item] for item in shape.items]
     return None
 
@@ -506,6 +524,15 @@ def _same_relation(found: Relation, gold: Relation, context: Context, *, curves:
                 _same_side(a, b, context) for a, b in zip(sides, gold.sides, strict=True)
             ):
                 return True
+    if len(found.operators) == len(gold.operators) == 1 and found.operators != ("=",) and gold.operators != ("=",):
+        if squeezed(found.operators[0].join(found.sides)) in context.problem:
+            return False
+        turns = [
+            sign
+            for sign, o in ((1, found.operators[0]), (-1, _FLIPPED.get(found.operators[0])))
+            if o == gold.operators[0]
+        ]
+        return any(_same_difference(found.sides, gold.sides, sign) for sign in turns)
     if found.operators == gold.operators == ("=",):
         left, right = (found.sides[0], found.sides[1]), (gold.sides[0], gold.sides[1])
         variables = symbolic.symbols_of(gold.sides[0]) | symbolic.symbols_of(gold.sides[1])
@@ -513,6 +540,13 @@ def _same_relation(found: Relation, gold: Relation, context: Context, *, curves:
             return False
         return symbolic.proportional(left, right)
     return False
+
+
+def _same_difference(found: tuple[str, ...], gold: tuple[str, ...], sign: int) -> bool:
+    """Whether the sides of two inequalities differ by the same amount, or by its negative."""
+    a, b = found if sign > 0 else found[::-1]
+    difference = rf"({a}) - ({b})"
+    return symbolic.same_formula(difference, rf"({gold[0]}) - ({gold[1]})", None, (None, None), Fraction(1))
 
 
 def _same_side(found: str, gold: str, context: Context) -> bool:
@@ -619,6 +653,8 @@ def _without(points: list[str]) -> list[Piece]:
 def _pieces_of_relation(relation: Relation) -> list[Piece] | None:
     """A solved inequality in one variable: x < 3, 1 < x <= 2, x != 3."""
     sides, operators = relation.sides, relation.operators
+    if any(_ABSOLUTE.fullmatch(side) for side in sides):
+        return _pieces_of_absolute(relation)
     if len(sides) == 2 and not _is_variable(sides[0]):
         sides, operators = sides[::-1], (_FLIPPED.get(operators[0], operators[0]),)
     if len(sides) == 2 and _is_variable(sides[0]) and not _is_variable(sides[1]):
@@ -636,6 +672,22 @@ def _pieces_of_relation(relation: Relation) -> list[Piece] | None:
         if all(o in ("<", r"\leq") for o in operators):
             return [Piece(sides[0], operators[0] == "<", sides[2], operators[1] == "<")]
     return None
+
+
+def _pieces_of_absolute(relation: Relation) -> list[Piece] | None:
+    """|x| < 3, 1 <= |x| <= 2, |x| > 1: an inequality on both sides of zero."""
+    sides = tuple(match[1] if (match := _ABSOLUTE.fullmatch(side)) else side for side in relation.sides)
+    bounds = [bound for bound in sides if not _is_variable(bound)]
+    numbers = [read_number(bound) for bound in bounds]
+    positive = _pieces_of_relation(Relation(sides, relation.operators))
+    if not positive or len(positive) != 1 or any(number is None or number.value <= 0 for number in numbers):
+        return None
+    piece = positive[0]
+    if piece.low == r"-\infty":
+        return [Piece(f"-{piece.high}", piece.high_open, piece.high, piece.high_open)]
+    low = f"-{piece.low}"
+    high = r"-\infty" if piece.high == r"\infty" else f"-{piece.high}"
+    return [Piece(high, piece.high_open, low, piece.low_open), piece]
 
 
 def _is_variable(text: str) -> bool:

@@ -27,13 +27,13 @@ _OPENING = re.compile(rf"<{_NAMES}>|<\|begin_of_thought\|>|◁think▷|\[THINK\]
 _CLOSING = re.compile(
     rf"</{_NAMES}>|</REASONING_END>|<\|end_of_thought\|>|◁/think▷|\[/THINK\]|<\|end_of_thinking\|>", re.IGNORECASE
 )
-_BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
+_BRACES = re.compile(r"\\{1,2}(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
 _COMMENT = re.compile(r"^[ \t]*%[^\n]*", re.MULTILINE)
 _WORD = r"(?:\\text\{[^{}]{0,30}\}|[A-Za-z]{1,20})"
 _BETWEEN = re.compile(
     r"(?:[\s.,;:$&]|\\[\[\]()]|\\\\|\\[,;:! ]|\\q?quad|\*\*|\\left|\\right)*"
     rf"(?:\s{_WORD}\s*(?=,|\\?\$?\s*and))?[\s,;$]*"
-    r"(?:(?:and|or|\\text\{\s*(?:and|or|,)\s*\}|\\(?:land|lor|vee|cup))(?![a-z]))?"
+    r"(?:(?:and|or|\\text\{[^{}]{0,40}(?:\band|\bor|,)\s*\}|\\(?:land|lor|vee|cup))(?![a-z]))?"
     r"(?:[\s.,;:$&]|\\[\[\]()]|\\\\|\\[,;:! ]|\\q?quad|\*\*)*"
     r"(?:[A-Za-z](?:_\{?[0-9a-zA-Z]{1,3}\}?)?(?:\([a-zA-Z0-9]\))?\s*=\s*\$?\s*)?"
 )
@@ -46,12 +46,13 @@ _MARKER = re.compile(
 )
 _FORMULA = re.compile(
     r"(?<!\\)\$\$(.+?)(?<!\\)\$\$|(?<![\\0-9])\$(?![\s]*[0-9][0-9,.]*(?:[\s.;:!?)]|$)(?![^$\n]*\$))((?:\\.|[^$\\\n])+?)\$"
-    r"|\\\[(.+?)\\\]|\\\((.+?)\\\)",
+    r"|\\\[(.+?)\\\]|\\\((.+?)\\\)|(\\begin\{(?:[bBpvV]?matrix|array)\}.+?\\end\{(?:[bBpvV]?matrix|array)\})",
     re.DOTALL,
 )
 _NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.,^\\])(?:[$€£¥]\s?)?[-−+]?(?:[$€£¥]\s?)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+)?"
-    r"(?<=[0-9])(?:[eE][+-]?[0-9]+)?(?:\s*/\s*-?[0-9]+)?(?:\s*\\?%|\s*°|\s*(?:percent|pct)\b)?(?![A-Za-z0-9_])"
+    r"(?<=[0-9])(?:[eE][+-]?[0-9]+)?(?:\s*/\s*-?[0-9]+)?(?:\s*\\?%|\s*°|\s*(?:percent|pct)\b"
+    r"|(?:mm|cm|dm|km|m|kg|mg|g|mL|ml|L|h|s)[²³]?(?=[\s.,;)]|$))?(?![A-Za-z0-9_]|\.?[0-9])"
 )
 _SENTENCE_END = re.compile(r"\n|(?<=[^\d\s])[.!?](?=\s|$)|(?<=\d)[.!?](?=\s|$)")
 _EMPHASIS = re.compile(r"\*\*|__|(?<!\w)\*(?=\S)|(?<=\S)\*(?!\w)|`")
@@ -138,15 +139,31 @@ def last_boxes(text: str) -> Extracted | None:
 
 def from_prose(text: str) -> Extracted | None:
     """The fall-back of point 4; None where there is neither a marker nor a formula nor a number."""
+    if _is_bare(text):
+        return Extracted((text.strip(),), "last")
     if blocks := _ANSWER_BLOCK.findall(text):
         return Extracted((blocks[-1].strip(),), "marker")
-    markers = list(_MARKER.finditer(text))
-    for marker in reversed(markers):
-        found = _after_marker(text[marker.end() :])
-        if found:
-            return Extracted((found,), "marker")
+    if (stated := stated_answer(text)) is not None:
+        return Extracted((stated,), "marker")
     found = last_value(text)
     return Extracted((found,), "last") if found else None
+
+
+def stated_answer(text: str) -> str | None:
+    """What follows the last "answer is" (and its kind); None without one."""
+    for marker in reversed(list(_MARKER.finditer(text))):
+        if found := _after_marker(text[marker.end() :]):
+            return found
+    return None
+
+
+def _is_bare(text: str) -> bool:
+    """Whether a response is nothing but LaTeX without delimiters: then it is the answer."""
+    if not re.search(r"\\[a-zA-Z{]", text) or re.search(r"(?<!\\)\$|\\\(|\\\[", text):
+        return False
+    return not re.search(
+        r"[A-Za-z]{3}", re.sub(r"\\text\w*\s*\{[^{}]*\}|\\(?:begin|end)\{\w+\}|\\[a-zA-Z]+", " ", text)
+    )
 
 
 def _after_marker(rest: str) -> str | None:
@@ -240,7 +257,11 @@ def sentence_core(text: str) -> str | None:
     stripped = text.strip().rstrip(".").strip()
     formulas = list(_FORMULA.finditer(stripped))
     outside = _FORMULA.sub(" ", stripped)
-    if r"\text" in outside or len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", outside)) < 2:
+    if (
+        r"\text" in outside
+        or re.search(r"[0-9$]\s*[,;]\s+[A-Za-z]", stripped)
+        or len(re.findall(r"(?<![\\A-Za-z])(?!and\b|or\b)[A-Za-z]{2,}", outside)) < 2
+    ):
         return None
     if formulas and formulas[-1].end() == len(stripped):
         start, core = formulas[-1].start(), _inside(formulas[-1])

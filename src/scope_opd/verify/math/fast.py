@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from scope_opd.gold import MathGold, Tolerance
 from scope_opd.types import Verdict
-from scope_opd.verify.math.extract import Extracted, extract, last_boxes
+from scope_opd.verify.math.extract import Extracted, extract, last_boxes, stated_answer
 from scope_opd.verify.math.numbers import Number, read_number, same_number
 from scope_opd.verify.math.settings import MathSettings
 from scope_opd.verify.math.text import MAX_LENGTH, clean, squeezed
@@ -81,6 +81,8 @@ def gold_parts(answer: str) -> tuple[str, ...]:
         return boxes.parts
     if opened := _OPEN_BOX.search(answer):
         return (opened[1],)
+    if len(answer.split()) > 12 and (stated := stated_answer(answer)) is not None:
+        return (stated,)
     return (answer,)
 
 

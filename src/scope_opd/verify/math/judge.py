@@ -12,16 +12,16 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from scope_opd.gold import MathGold
+from scope_opd.gold import MathGold, Tolerance
 from scope_opd.types import Verdict
 from scope_opd.verify.math import shape as shapes
 from scope_opd.verify.math.choices import letter_of, options
-from scope_opd.verify.math.compare import Context, same
+from scope_opd.verify.math.compare import Context, same, words_of
 from scope_opd.verify.math.extract import Extracted, extract, sentence_core
 from scope_opd.verify.math.fast import CORRECT, WRONG, decide, gold_parts, no_answer
 from scope_opd.verify.math.settings import MathSettings
 from scope_opd.verify.math.shape import Many, Shape, Words
-from scope_opd.verify.math.symbolic import TooHard, check_size, parse
+from scope_opd.verify.math.symbolic import TooHard, check_size, parse, too_large
 from scope_opd.verify.math.text import clean, squeezed
 from scope_opd.verify.math.units import Unit, read_unit
 
@@ -67,9 +67,7 @@ def _wrong(found: Extracted, gold: MathGold, problem: str, settings: MathSetting
     """Why the answer is wrong; None if it is right."""
     for part in found.parts:
         check_size(clean(part))
-    context = Context(
-        gold.tolerance or settings.tolerance, squeezed(clean(problem)) if problem else "", _asked(problem)
-    )
+    context = _context(gold.tolerance or settings.tolerance, problem)
     listed = options(problem) if problem else {}
     answer = found.parts[0] if len(found.parts) == 1 else None
     reason = WRONG
@@ -93,8 +91,12 @@ def _wrong(found: Extracted, gold: MathGold, problem: str, settings: MathSetting
             reason = "copied from the problem"
             continue
         found_shape = shapes.read(answer) if answer is not None else shapes.read_list(found.parts)
-        if same(found_shape, gold_shape, context):
-            return None
+        for part in alternative:
+            if too_large(clean(part)):
+                break  # only its own spelling could be equal, and that was tried
+        else:
+            if same(found_shape, gold_shape, context):
+                return None
     return reason
 
 
@@ -134,6 +136,11 @@ def _gold_list(alternative: tuple[str, ...]) -> Shape:
         shape = _gold_shape(gold_parts(answer))
         items += shape.items if isinstance(shape, Many) and not shape.braces else [shape]
     return Many(tuple(items))
+
+
+@lru_cache(maxsize=1024)
+def _context(tolerance: Tolerance | None, problem: str) -> Context:
+    return Context(tolerance, squeezed(clean(problem)), _asked(problem), words_of(problem))
 
 
 @lru_cache(maxsize=1024)

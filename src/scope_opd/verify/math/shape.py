@@ -109,6 +109,12 @@ Shape = Union[Words, Value, Group, Many, Union_, Relation, Named, Matrix, Clock]
 
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _AND = re.compile(r"(?:,\s*)?(?:\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-z]))")
+_QUANTIFIER = re.compile(
+    r"\\text\s*\{\s*for (?:all|every|each|any)\s*\}\s*[a-z](?:\s*,\s*[a-z])*\s*\\in\s*\\mathbb\s*(?:\{[A-Z]\}|[A-Z])(?:[_^]\{?[+*>0]+\}?)?"
+)
+_LABEL = re.compile(r"((?:\\text\{[^{}]*\}|[A-Za-z][A-Za-z]+(?: [A-Za-z]+){0,2}))\s*:\s*([^:]+)", re.DOTALL)
+_GLUED_AND = re.compile(r"(?<=\w)[, ]\s*(and|or)\s*\}")
+_LEADING_AND = re.compile(r"\\text\s*\{\s*(and|or)\s+(?=\w)")
 _CONDITION = re.compile(
     r"[,;]?\s*\(?(?:(?:\\text\{\s*,?\s*)?(?:for|where|with)\s+(?:all|every|each|any|some|an|a|integer|integers|positive|real|any)\b.*"
     r"|\\text\{\s*,?\s*(?:for|where|with)\s*\}.*"
@@ -122,7 +128,7 @@ _OPERATORS = {"<=": r"\leq", ">=": r"\geq", "!=": r"\neq", "==": "=", ":=": "="}
 _CUP = re.compile(r"\\cup(?![a-zA-Z])|(?<=[)\]}])\s*U\s*(?=[(\[\\])")
 _SUCH_THAT = re.compile(r"\\mid(?![a-zA-Z])|\\vert|\||:")
 _MATRIX = re.compile(
-    r"(?:\\left)?[(\[]?\s*\\begin\{([pbBvV]?matrix|array|smallmatrix)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}\s*[)\]]?",
+    r"(?:\\left)?[(\[]?\s*\\begin\{([pbBvV]?matrix|array|smallmatrix)\}(?:\{[^{}]*\})?((?:(?!\\end\{).)*)\\end\{\1\}\s*[)\]]?",
     re.DOTALL,
 )
 _BASE = re.compile(
@@ -138,6 +144,7 @@ _NAME = re.compile(
     r"(?:\s*\^\s*\{?\\circ\}?)?(?:\(\s*[A-Za-z0-9, ]{1,12}\s*\))?"
 )
 _RATIO_NAME = re.compile(r"\\frac\{([^{}]*)\}\{([^{}]*)\}|([^/:]+)[/:]([^/:]+)")
+_QUANTITY = re.compile(r"\s*\|?(?:\\angle\s*)?[A-Z]{1,3}(?:_\{?[0-9A-Za-z]+\}?)?\|?\s*")
 _FUNCTIONS = frozenset(
     [
         "sin",
@@ -202,7 +209,8 @@ _ENGLISH_NUMBERS = {
         ]
     )
 }
-_COMMA_GROUPS = re.compile(r"[+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
+_COMMA_GROUPS = re.compile(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?")
+_GROUPED_RUN = re.compile(r"(?<![0-9.,(\[{])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])")
 _MONEY = re.compile(r"(\\?\$|€|£|¥|₹|\\text\{\s*(?:Rs\.?|USD|US\$)\s*\}|Rs\.?|USD|US\\?\$)")
 _TRAILING_TEXT = re.compile(
     r"^(.*?[0-9a-zA-Z)}\]%!|.])\s*((?:\\text\{[^{}]*\}\s*(?:\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?\s*(?:/|\\cdot)?\s*)+)$",
@@ -238,10 +246,11 @@ def _read(text: str, level: int) -> Shape:
         return Words(text)
     if (only := _TEXT.fullmatch(text)) is not None:
         return _words(only[1], level)
-    if stripped := _CONDITION.sub("", text).strip(" ,;("):
-        if stripped != text.strip(" ,;(") and re.search(r"[0-9a-zA-Z]", stripped):
-            text = clean(stripped)
-    if grouped := _COMMA_GROUPS.fullmatch(text):
+    text = _QUANTIFIER.sub(" ", text).strip()
+    stripped = _CONDITION.sub("", text).rstrip(" ,;(")
+    if stripped != text.rstrip(" ,;(") and re.search(r"[0-9a-zA-Z]", stripped):
+        text = clean(stripped)
+    if _COMMA_GROUPS.fullmatch(text):
         items = tuple(_read(part, level + 1) for part in text.split(","))
         return Value(text, read_number(text), grouped=items if level == 0 else ())
     several = _several(text, level)
@@ -250,6 +259,11 @@ def _read(text: str, level: int) -> Shape:
 
 def _several(text: str, level: int) -> Shape | None:
     """A list at the top: cut at ``;``, then at commas, "and" and "or"."""
+    head, sign, rest = text.partition("=")
+    if sign and (names := _tuple_of_names(head.strip())) is not None:  # (x, y) = (1, 2) or (3, 4)
+        value = _read(rest, level + 1)
+        return _assigned(names, value)
+    text = _GLUED_AND.sub(r"} \\text{\1} ", _LEADING_AND.sub(r" \\text{\1} \\text{", text))
     blocks = [part for part in split(text, ";") if part.strip()]
     if len(blocks) > 1:
         return _many([_read(part, level + 1) for part in blocks])
@@ -276,6 +290,9 @@ def _several(text: str, level: int) -> Shape | None:
 def _commas(text: str) -> list[str]:
     if re.fullmatch(r"[0-9]+,[0-9]+", text) and not _COMMA_GROUPS.fullmatch(text):
         return text.split(",")
+    runs = list(_GROUPED_RUN.finditer(text))
+    if len(runs) == 1 and runs[0][0].count(",") == text.count(","):
+        return [text[: runs[0].start()] + runs[0][0].replace(",", "") + text[runs[0].end() :]]  # $3,140
     parts = split(text, ",")
     joined: list[str] = []
     for part in parts:
@@ -321,16 +338,18 @@ def _unnamed(shape: Shape) -> Shape:
 
 
 def _single(text: str, level: int) -> Shape:
+    if matrix := _MATRIX.fullmatch(text):
+        rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?|\\cr(?![a-z])", matrix[2]) if row.strip(" \\hline")]
+        return Matrix(tuple(tuple(_read(clean(cell), level + 1) for cell in row.split("&")) for row in rows), text)
     if (shape := _bracketed(text, level)) is not None:
         return shape
+    if label := _LABEL.fullmatch(text):
+        return Named(label[1].strip().casefold(), _read(label[2], level + 1))
     parts = split_at(text, _CUP)
     if len(parts) > 1 and all(part.strip() for part in parts):
         return Union_(tuple(_read(part, level + 1) for part in parts[::2]))
     if (relation := _relation(text, level)) is not None:
         return relation
-    if matrix := _MATRIX.fullmatch(text):
-        rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?|\\cr(?![a-z])", matrix[2]) if row.strip(" \\hline")]
-        return Matrix(tuple(tuple(_read(clean(cell), level + 1) for cell in row.split("&")) for row in rows), text)
     if clock := _CLOCK.fullmatch(text):
         return Clock(
             tuple(part for part in clock.groups()[:3] if part), re.sub(r"[^apm]", "", (clock[4] or "").lower())
@@ -426,9 +445,6 @@ def _relation(text: str, level: int) -> Shape | None:
     if set(operators) == {"="}:
         if _is_name(sides[0]):
             return _named(sides[0], _read(sides[-1], level + 1))
-        if (names := _tuple_of_names(sides[0])) is not None and len(sides) == 2:
-            value = _read(sides[1], level + 1)
-            return _assigned(names, value)
         if len(sides) > 2:
             return _read(sides[-1], level + 1)
     return Relation(tuple(full_fractions(side) for side in sides), tuple(operators))
@@ -460,9 +476,7 @@ def _is_name(text: str) -> bool:
         words = re.findall(r"[A-Za-z]+", _TEXT.sub("", re.sub(r"_\s*(?:\{[^{}]*\}|\S)", "", text)))
         return not any(word in _FUNCTIONS for word in words) and not re.fullmatch(r"\\(?:pi|infty)", text)
     if ratio := _RATIO_NAME.fullmatch(full_fractions(text)):
-        return all(
-            re.fullmatch(r"\s*\|?[A-Z]{1,3}\|?\s*|\s*\\angle [A-Z]{1,3}\s*", part) for part in ratio.groups() if part
-        )
+        return all(_QUANTITY.fullmatch(part) for part in ratio.groups() if part)
     return bool(re.fullmatch(r"\\text\{[^{}]*\}(?:\s*_?\s*\{?[a-zA-Z0-9]*\}?)?", text))
 
 

@@ -42,6 +42,8 @@ _BARE = re.compile(
 )
 _BARE_ROOT = re.compile(r"(?<![\\a-zA-Z])(?:np\.|math\.)?sqrt\s*\(")
 _TIGHT_NUMBERS = re.compile(r"(?<![_^a-zA-Z0-9{])[0-9.]+\s+[0-9.]|[0-9]\s*%|%")
+_TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
+_DEGREES = re.compile(r"([0-9.]+)\s*\^\s*\{?\s*\\circ\s*\}?")
 _POWER = re.compile(r"([0-9]+)\s*\}?\)?\s*\^\s*[{(]*\s*([0-9]+)")
 _TOWER = re.compile(r"\^\s*[{(]*\s*([0-9]+)\s*\^\s*[{(]*\s*([0-9]+)")
 _FACTORIAL = re.compile(r"([0-9]+)\s*[)}]*\s*!|!\s*[)}]*\s*!|\^\s*\{[^{}]*\}\s*\)?\s*!")
@@ -64,8 +66,20 @@ def check_size(latex: str) -> None:
             raise TooHard("a factorial too large to evaluate")
 
 
+def too_large(latex: str) -> bool:
+    """Whether ``check_size`` would refuse a formula."""
+    try:
+        check_size(latex)
+    except TooHard:
+        return True
+    return False
+
+
 def parser_spelling(latex: str) -> str:
     """The spelling that math-verify's parser reads: function names with a backslash, roots in braces."""
+    if "circ" in latex:
+        degrees = r"(\1\\cdot\\frac{\\pi}{180})" if _TRIGONOMETRY.search(latex) else r"\1"
+        latex = _DEGREES.sub(degrees, latex)
     text = _BARE.sub(lambda m: "\\" + ("infty" if m[1] == "infinity" else m[1]), latex)
     while match := _BARE_ROOT.search(text):
         end = closing(text, match.end() - 1)

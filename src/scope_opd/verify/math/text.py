@@ -21,7 +21,9 @@ _SIGNS = {
     "−": "-", "–": "-", "—": "-", "﹣": "-", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "∙": r"\cdot ",
     "÷": r"\div ", "≤": r"\leq ", "⩽": r"\leq ", "≥": r"\geq ", "⩾": r"\geq ", "≠": r"\neq ", "≈": r"\approx ",
     "±": r"\pm ", "∓": r"\mp ", "∞": r"\infty ", "π": r"\pi ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
-    "∅": r"\emptyset ", "°": r"^{\circ}", "º": r"^{\circ}", "²": "^{2}", "³": "^{3}", "½": r"\frac{1}{2}",
+    "∅": r"\emptyset ",
+    "∀": r"\forall ",
+    "∃": r"\exists ", "°": r"^{\circ}", "º": r"^{\circ}", "²": "^{2}", "³": "^{3}", "½": r"\frac{1}{2}",
     "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "ℝ": r"\mathbb{R}",
     "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ",
     "“": '"', "”": '"', "’": "'", "‘": "'", "′": "'", "″": "''", "、": ",", "。": ".", "∶": ":", "⁄": "/", "∕": "/",
@@ -36,8 +38,10 @@ _SIZES = re.compile(
     r"\\(?:left|right|middle|bigl|bigr|bigm|Bigl|Bigr|biggl|biggr|Biggl|Biggr|big|Big|bigg|Bigg|mleft|mright)"
     r"(?![a-zA-Z])\s*\.?(?=[^0-9]|$)|\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|allowbreak)(?![a-zA-Z])"
 )
-_THOUSANDS_IDIOM = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!|\\,|\\!,)\s*(?:\\!)?\s*(?=[0-9]{3}(?![0-9]))")
-_SPACES = re.compile(r"\\[,;:! >]|\\(?:quad|qquad|thinspace|enspace|hspace\{[^{}]*\}|phantom\{\s*\})(?![a-zA-Z])|~|\s+")
+_THOUSANDS_IDIOM = re.compile(r"(?<=[0-9])\s*(?:\{\s*,\s*\}|,\\!|\\,|\\!,)\s*(?:\\!)?\s*(?=[0-9]{3}(?![0-9]))")
+_SPACES = re.compile(
+    r"(?<!\\)\\[,;:! >]|\\(?:quad|qquad|thinspace|enspace|hspace\{[^{}]*\}|phantom\{\s*\})(?![a-zA-Z])|~|\s+"
+)
 _NEGATIVE_SPACE = re.compile(r"\\!")
 _FRAC = re.compile(r"\\(?:dfrac|tfrac|cfrac)(?![a-zA-Z])")
 _WORDS = re.compile(
@@ -54,6 +58,12 @@ _RENAMED = {
     r"\textdollar": r"\$", r"\simeq": r"\approx", r"\thickapprox": r"\approx", r"\hfill": "", r"\sim": r"\approx",
 }  # fmt: skip
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
+_HTML = re.compile(r"<(sup|sub)>(.*?)</\1>")
+_DOUBLED = re.compile(r"(?<!\\)\\(?:\\\\)*(?!\\)")
+_ORDINAL = re.compile(
+    r"(?<=[0-9])\s*(?:\^\s*\{?\s*(?:\\text\s*\{\s*)?(?:th|st|nd|rd)\s*\}?\s*\}?|(?:th|st|nd|rd)(?![a-zA-Z]))"
+)
+_INDEX_WORD = re.compile(r"_\s*(?:\{\s*\\text\s*\{([^{}]*)\}\s*\}|\\text\s*\{([^{}]*)\})")
 _DOUBLE = re.compile(r"\\\\(?=[a-zA-Z({\[$%])")
 _ARRAY = re.compile(r"\\begin\{")
 _DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)")
@@ -69,6 +79,10 @@ _SHORT_ROOT = re.compile(r"\\sqrt\s*([0-9a-zA-Z])")
 def clean(answer: str) -> str:
     """The one spelling of an answer: see the module. Idempotent on its own output for plain answers."""
     text = answer.translate(_TABLE)
+    if "<su" in text:
+        text = _HTML.sub(lambda m: ("^{" if m[1] == "sup" else "_{") + m[2] + "}", text)
+    if "\\\\" in text and not _DOUBLED.search(text):  # every backslash is written twice
+        text = text.replace("\\\\", "\\")
     if "√" in text:
         text = _ROOT.sub(lambda m: r"\sqrt{" + m[1].removeprefix("(").removesuffix(")") + "}", text)
     if "\\" in text or "$" in text or "{" in text:
@@ -80,11 +94,12 @@ def clean(answer: str) -> str:
         text = _SIZES.sub("", text)
         text = _FRAC.sub(r"\\frac", text)
         text = _WORDS.sub(r"\\text{", text)
+        text = _INDEX_WORD.sub(lambda m: "_{" + (m[1] or m[2] or "").strip() + "}", text)
         text = _FONTS.sub("", text)
         text = _NEGATIVE_SPACE.sub("", text)
         text = _DEGREES.sub(r"^{\\circ}", text)
         text = _BRACED_COMMA.sub(",", text)
-    text = _SPACES.sub(" ", text).strip()
+    text = _ORDINAL.sub("", _SPACES.sub(" ", text).strip())
     while text and (text[-1] in ".,;:!" and not text.endswith(("..", "\\!")) and not re.search(r"[0-9]!$", text)):
         text = text[:-1].rstrip()
     return _unwrapped(_STRAY_STOP.sub("", text))
