@@ -89,11 +89,11 @@ class TestHelp:
             costs.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert min(costs) < 0.4
 
-    @pytest.mark.parametrize("command", [*COMMANDS, "zoo list", "zoo copy", "zoo build"])
+    @pytest.mark.parametrize("command", [*COMMANDS, "data check", "data filter", "zoo list", "zoo copy", "zoo build"])
     def test_every_command_shows_examples(self, command: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert main([*command.split(), "--help"]) == 0
         output = capsys.readouterr().out
-        if command != "zoo":
+        if command not in ("data", "zoo"):
             assert "Examples" in output
             assert f"  scope {command}" in output
         assert all(len(line) <= 80 for line in output.splitlines())
