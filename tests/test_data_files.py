@@ -269,22 +269,32 @@ class TestBadRows:
         lines = [
             json.dumps(good), "not json", json.dumps({**good, "id": "h", "answer": ""}), json.dumps(good),
             json.dumps({"id": "i", "answer": "1"}), "[1]", json.dumps({**good, "id": "j", "answer": [1]}),
-            '{"id": "n", "problem": "p", "answer": NaN}', json.dumps({**good, "id": "z"}),
+            '{"id": "n", "problem": "p", "answer": NaN}', '{"id": "u", "problem": "\\ud83d", "answer": 1}',
+            json.dumps({**good, "id": "z"}),
         ]  # fmt: skip
         path = write(tmp_path / "r.jsonl", "\n".join(lines) + "\n")
         data = read_dataset(path, on_bad_row="skip")
         assert [row.id for row in data.rows] == ["g", "z"]
-        assert [each.where.rsplit(" ", 1)[1] for each in data.skipped] == ["2", "3", "4", "5", "6", "7", "8"]
+        assert [each.where.rsplit(" ", 1)[1] for each in data.skipped] == list("23456789")
         reasons = [each.reason for each in data.skipped]
         for reason, words in zip(
             reasons,
-            ["not JSON", "empty", "used before, at line 1", "no column", "(list)", "(list)", "NaN"],
+            [
+                "not JSON",
+                "empty",
+                "used before, at line 1",
+                "no column",
+                "(list)",
+                "(list)",
+                "NaN",
+                "half of a character",
+            ],
             strict=True,
         ):
             assert words in reason
         (warning,) = data.warnings
-        assert "7 of 9 rows skipped: line 2: not JSON" in warning
-        assert warning.endswith("4 more")
+        assert "8 of 10 rows skipped: line 2: not JSON" in warning
+        assert warning.endswith("5 more")
         with pytest.raises(DataError, match="line 2: not JSON"):
             read_dataset(path)
 

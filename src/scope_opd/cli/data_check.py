@@ -210,15 +210,7 @@ def as_json(checked: Checked, options: CheckOptions) -> dict[str, Any]:
 
 
 def _about(name: str, data: DataSet) -> dict[str, Any]:
-    return {
-        "source": name,
-        "rows": len(data.rows),
-        "bad_rows": len(data.skipped),
-        "layout": data.layout,
-        "sha256": data.sha256,
-        "revision": data.revision,
-        "notes": data.notes,
-    }
+    return {**data.about(), "source": name, "notes": data.notes}
 
 
 def write_clean(checked: Checked, options: CheckOptions) -> int:
@@ -228,5 +220,5 @@ def write_clean(checked: Checked, options: CheckOptions) -> int:
     source = checked.train.source
     if Path(source).exists() and options.write_clean.exists() and options.write_clean.samefile(source):
         raise ConfigError(f"--write-clean {options.write_clean} is TRAIN itself", "another file", "name one")
-    raw = ((f"{source}, {place}", values) for place, values in read_raw(source))
+    raw = ((f"{source}, {place}", values) for place, values in read_raw(checked.train.pinned))
     return write_rows(options.write_clean, ((where, values) for where, values in raw if where in kept))

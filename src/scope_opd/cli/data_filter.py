@@ -113,10 +113,10 @@ def described(config: Config, data: DataSet, samples: int) -> dict[str, Any]:
         "samples": samples,
         "seed": config.run.seed,
         "model": {**plain["model"], "files": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]},
-        "data": {**plain["data"], "sha256": data.sha256, "revision": data.revision},
+        "data": {**_without(plain["data"], "eval", "shuffle"), "sha256": data.sha256, "revision": data.revision},
         "chat": plain["chat"],
-        "verify": plain["verify"],
-        "rollout": {key: value for key, value in plain["rollout"].items() if key != "n"},
+        "verify": _without(plain["verify"], "workers"),
+        "rollout": _without(plain["rollout"], "n"),
         "reward_threshold": config.objective.reward_threshold,
         "param_dtype": config.train.param_dtype,
         "batch": batch_size(config, samples),
@@ -194,7 +194,7 @@ def sample_rates(config: Config, prompts: Sequence[Prompt], samples: int, rates:
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     device = resolve_device(config.train.device)
-    verifier, _ = inputs.build_verifier(config)
+    verifier, _ = inputs.build_verifier(config, prompts)
     student = engines.load_student(config, device)
     params = SamplingParams(
         n=samples,
@@ -266,7 +266,7 @@ def _raw_rows(data: DataSet) -> Iterator[tuple[str, Mapping[str, Any] | DataErro
 
         yield from ((f"zoo (train), row {number}", row) for number, row in enumerate(load_rows("train"), start=1))
         return
-    yield from ((f"{data.source}, {place}", values) for place, values in read_raw(data.source))
+    yield from ((f"{data.source}, {place}", values) for place, values in read_raw(data.pinned))
 
 
 def summary(found: Sequence[Mapping[str, Any]], written: int, out: Path, rates: Path, pass_rate: str) -> list[str]:
@@ -283,6 +283,10 @@ def summary(found: Sequence[Mapping[str, Any]], written: int, out: Path, rates: 
         f"cut off {100 * cut:.1f} %, no verdict {100 * unjudged:.1f} % of {samples} samples",
         f"pass rates: {rates}",
     ]
+
+
+def _without(table: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if key not in keys}
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -56,6 +56,7 @@ class Built:
         method: the method.
         train_prompts, eval_prompts: rendered prompts; ``eval_prompts`` is empty where nothing is evaluated.
         verifier: what judges.
+        data: which data sets were read, "train" and perhaps "eval", as ``DataSet.about`` says it.
         warnings: lines worth showing before the run.
     """
 
@@ -64,6 +65,7 @@ class Built:
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
     verifier: Verifier
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def close(self) -> None:
@@ -182,7 +184,8 @@ def build_engines(config: Config) -> Built:
         evaluator=evaluator,
         weights_use_tau=paths_weighted_by_perplexity(method),
     )
-    return Built(engines, method, train_prompts, eval_prompts, verifier, warnings)
+    about = {"train": data.about()} | ({"eval": held_out_data.about()} if held_out_data else {})
+    return Built(engines, method, train_prompts, eval_prompts, verifier, about, warnings)
 
 
 def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:

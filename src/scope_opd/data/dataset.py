@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scope_opd.data.files import Record, file_records
-from scope_opd.data.hub import HubTable, is_hub, load_hub
+from scope_opd.data.hub import HubTable, is_hub, load_hub, parse_hub
 from scope_opd.data.rows import Columns, Row, Skipped, check_rows, present, resolve_columns
 
 OnBadRow = Literal["error", "skip"]
@@ -46,6 +46,24 @@ class DataSet:
     layout: str = "plain"
     revision: str | None = None
     sha256: str | None = None
+
+    @property
+    def pinned(self) -> str:
+        """The source, of a hub data set at the commit that was read."""
+        if self.revision is None:
+            return self.source
+        return str(replace(parse_hub(self.source), revision=self.revision))
+
+    def about(self) -> dict[str, Any]:
+        """Which data set it was, as plain values, for the records of a run."""
+        return {
+            "source": self.source,
+            "layout": self.layout,
+            "rows": len(self.rows),
+            "skipped": len(self.skipped),
+            "revision": self.revision,
+            "sha256": self.sha256,
+        }
 
     @property
     def warnings(self) -> list[str]:
@@ -90,7 +108,7 @@ def read_dataset(
         layout = layouts[0]
         sha256 = file_sha256(name)
     rows, notes = _double_braces(rows, name, fix=fix_double_braces)
-    if is_hub(name) and revision is None and not name.removeprefix("hf:").startswith(("/", "./", "../", "~")):
+    if is_hub(name) and revision is None and not parse_hub(name).is_folder:
         notes.append(f"{name}: read from the local cache, its revision is not known")
     return DataSet(name, rows, skipped, notes, layout, revision, sha256)
 

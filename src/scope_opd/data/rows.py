@@ -10,6 +10,7 @@ Not covered: problems that occur twice (``overlap``), whether an answer is right
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -226,7 +227,20 @@ def _row(values: Mapping[str, Any], names: Columns, where: str, numbered: str, h
     for name in names.extra:
         if _is_label(value := pick(values, name)):
             fields[name] = value
-    return Row(row_id, problem, answer, where, fields, messages)
+    row = Row(row_id, problem, answer, where, fields, messages)
+    _check_text(row)
+    return row
+
+
+def _check_text(row: Row) -> None:
+    """JSON can write half of a character; no tokenizer and no file takes it."""
+    try:
+        "".join([row.id, row.problem, *(message["content"] for message in row.messages)]).encode()
+        json.dumps([row.answer, row.fields], ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{row.where}: half of a character (the code {error.object[error.start]!r})", "text", "mend or drop the row"
+        ) from None
 
 
 def _no_column(name: str, names: Iterable[str], where: str) -> DataError:
