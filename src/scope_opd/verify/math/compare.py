@@ -100,7 +100,7 @@ def same_value(found: Value, gold: Value, context: Context) -> bool:
     """Two single values: bases, per cent, degrees, units, then the number or the formula."""
     if found.base is not None or gold.base is not None:
         return _same_in_base(found, gold, context)
-    letters = [side.unit is not None and side.unit.words in LETTERS for side in (found, gold)]
+    letters = [side.unit is not None and side.unit.words.split("^")[0] in LETTERS for side in (found, gold)]
     if letters[0] != letters[1] and (found.unit is None or gold.unit is None):
         # a unit of one letter on one side may be a variable on the other
         whole = [side.latex + (" " + side.unit.words if side.unit else "") for side in (found, gold)]
@@ -111,6 +111,8 @@ def same_value(found: Value, gold: Value, context: Context) -> bool:
         return False
     if found.unit and gold.unit is None and context.asked and found.unit.kind == context.asked.kind:
         factor = found.unit.factor / context.asked.factor
+    if any(a.degrees and b.unit and b.unit.kind == "radians" for a, b in ((found, gold), (gold, found))):
+        return False
     if found.degrees != gold.degrees and (r"\pi" in found.latex or r"\pi" in gold.latex):
         degrees, radians = (found, gold) if found.degrees else (gold, found)
         if degrees.number is None or r"\pi" not in radians.latex:
@@ -554,18 +556,20 @@ def _same_side(found: str, gold: str, context: Context) -> bool:
 
 
 def _answers_equation(relation: Relation, other: Shape, context: Context, *, found_is_relation: bool = False) -> bool:
-    """``expression = value`` against ``value``: a computation, or an expression that the problem asks for."""
-    if set(relation.operators) != {"="} or len(relation.sides) != 2:
+    """``a = b = value`` against ``value``: a true computation, or an expression that the problem asks for."""
+    if set(relation.operators) != {"="}:
         return False
-    expression, value = relation.sides
-    is_computed = not re.search(r"[A-Za-z]", re.sub(r"\\[a-zA-Z]+", "", expression))
-    asked = len(squeezed(expression)) > 2 and squeezed(expression) in context.problem
-    if asked and squeezed(f"{expression}={value}") in context.problem:
-        asked = False
-    if not (asked or (is_computed and found_is_relation)):
+    *before, last = relation.sides
+    side = shapes.read(last)
+    if not (same(side, other, context) if found_is_relation else same(other, side, context)):
         return False
-    side = shapes.read(value)
-    return same(side, other, context) if found_is_relation else same(other, side, context)
+    if all(symbolic.same_formula(part, last, context.tolerance, (None, None), Fraction(1)) for part in before):
+        return True
+    expression = squeezed(before[0])
+    asked = (
+        len(before) == 1 and len(expression) > 2 and re.search("[A-Za-z]", expression) and expression in context.problem
+    )
+    return bool(asked) and squeezed(f"{before[0]}={last}") not in context.problem
 
 
 @dataclass(frozen=True, slots=True)

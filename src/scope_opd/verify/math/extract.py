@@ -18,6 +18,7 @@ import re
 from dataclasses import dataclass
 
 from scope_opd.verify.math.settings import MathSettings
+from scope_opd.verify.math.units import is_known
 
 _END = re.compile(
     r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text|end|user|eom_id|EOT)\|>|</s>|<end_of_turn>|<｜end▁of▁sentence｜>"
@@ -58,7 +59,9 @@ _SENTENCE_END = re.compile(r"\n|(?<=[^\d\s])[.!?](?=\s|$)|(?<=\d)[.!?](?=\s|$)")
 _EMPHASIS = re.compile(r"\*\*|__|(?<!\w)\*(?=\S)|(?<=\S)\*(?!\w)|`")
 _HEDGES = re.compile(r"\b(?:or|either|maybe|perhaps|possibly|might|could|unsure|guess|probably)\b|\?", re.IGNORECASE)
 _DENIED = re.compile(
-    r"\b(?:not|n't|never|except|isn't|cannot\s+be|can't\s+be|rather\s+than|instead\s+of)\s*$", re.IGNORECASE
+    r"(?:\b(?:not|never|except|but|without|than|most|least|above|below|under|over|beyond|between|instead\s+of"
+    r"|(?:not|n't|cannot|can't)\s+(?:be|equal|equal\s+to))|n't)\s*(?:\*\*|\$)?\s*$",
+    re.IGNORECASE,
 )
 
 
@@ -213,20 +216,14 @@ def _leading(sentence: str) -> str | None:
         return ", ".join(parts) + (r"\%" if unit and "°" not in unit[0] and "deg" not in unit[0] else "")
     if number := _NUMBER.match(sentence):
         rest = sentence[number.end() :]
-        if re.match(r"\s*(?:$|[.,;]?\s*\(|[.;,]\s+[a-z])", rest) and not re.match(r",\s*(?:and|or)\s", rest):
-            return number[0].strip()
-        if re.match(r"\s+[A-Za-z]", rest) and not re.search(r"[=+*^\\$<>/]|[0-9]|\b(?:and|or)\b", rest):
-            return number[0].strip()  # trailing words: a unit, or the rest of the sentence
-        if re.match(r"\s+(?:because|since|as|so|which|that|when|if|for|after|by|in|on|per|of|from|at)\b", rest):
-            return number[0].strip()
-        unit = re.match(r"\s+[A-Za-z]+[.,]?(?=\s|$)", rest)
-        if (
-            unit
-            and not re.match(r"\s+(?:and|or|to|times|x)\b", rest)
-            and not re.search(r"\b(?:and|or)\b\s+[-$]?[0-9]", rest)
+        head = re.split(r"\b(?:because|since|which|that|where|when|as|so|if)\b|[.;(]", rest)[0]
+        if re.search(r"^\s*,?\s*(?:and|or)\b|^\s*[-+*/^=<>\\$]|^\s*,\s*[-$0-9(\\]", rest):
+            return sentence  # more answers, or a formula: all of it is read
+        if re.match(r"\s*(?:to|times|x|through)\s+[0-9]|\s+[0-9]|\s*:[0-9]", rest) or re.search(
+            r"\b(?:and|or)\s+\$?-?[0-9]", head
         ):
-            return number[0].strip()
-        return sentence
+            return sentence
+        return number[0].strip() + _known_unit(rest)
     if re.match(r"[-+(\[{\\]|[A-Za-z]\w{0,3}(?:\(\w\))?\s*(?:=|\\in|<|>)", sentence):
         return sentence
     return None
@@ -241,11 +238,23 @@ def last_value(text: str) -> str | None:
     for number in _NUMBER.finditer(text, tail):
         pass
     if number is not None:
-        return number[0].strip()
+        return _denial(text[: number.start()]) + number[0].strip() + _known_unit(text[number.end() :])
     if formulas:
         unit = re.match(r"\s*(?:\\?%|percent\b|pct\b)", text[tail:])
-        return _inside(formulas[-1]) + (r"\%" if unit else "")
+        return _denial(text[: formulas[-1].start()]) + _inside(formulas[-1]) + (r"\%" if unit else "")
     return None
+
+
+def _denial(before: str) -> str:
+    """The words in front of a value that make it no answer ("not", "less than"), so that they are read with it."""
+    denied = _DENIED.search(before)
+    return f"{denied[0].strip()} " if denied else ""
+
+
+def _known_unit(rest: str) -> str:
+    """A unit of measure that follows a number directly."""
+    word = re.match(r"\s([A-Za-z]{2,12}(?:\^[23]|[²³])?)(?![A-Za-z^])", rest)
+    return word[0] if word and is_known(re.sub(r"\^?[23²³]$", "", word[1])) else ""
 
 
 def sentence_core(text: str) -> str | None:

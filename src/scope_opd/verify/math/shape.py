@@ -112,13 +112,13 @@ _AND = re.compile(r"(?:,\s*)?(?:\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}|(?<![a-zA-Z
 _QUANTIFIER = re.compile(
     r"\\text\s*\{\s*for (?:all|every|each|any)\s*\}\s*[a-z](?:\s*,\s*[a-z])*\s*\\in\s*\\mathbb\s*(?:\{[A-Z]\}|[A-Z])(?:[_^]\{?[+*>0]+\}?)?"
 )
-_LABEL = re.compile(r"((?:\\text\{[^{}]*\}|[A-Za-z][A-Za-z]+(?: [A-Za-z]+){0,2}))\s*:\s*([^:]+)", re.DOTALL)
+_LABEL = re.compile(r"((?:\\text\{[^{}]*\}|[A-Z][A-Za-z]+(?: [A-Za-z]+){0,2}))\s*:\s*([^:]+)", re.DOTALL)
 _GLUED_AND = re.compile(r"(?<=\w)[, ]\s*(and|or)\s*\}")
 _LEADING_AND = re.compile(r"\\text\s*\{\s*(and|or)\s+(?=\w)")
 _CONDITION = re.compile(
     r"[,;]?\s*\(?(?:(?:\\text\{\s*,?\s*)?(?:for|where|with)\s+(?:all|every|each|any|some|an|a|integer|integers|positive|real|any)\b.*"
     r"|\\text\{\s*,?\s*(?:for|where|with)\s*\}.*"
-    r"|(?:where\s+)?\$?[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\\in\s*\\mathbb\s*\{?[ZNRQC]\}?(?:\^\{?[+*]\}?|_\{?[0-9+]+\}?)?\)?)$",
+    r"|(?:where\s+)?(?<![A-Za-z\\])[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\\in\s*\\mathbb\s*\{?[ZNRQC]\}?(?:\^\{?[+*]\}?|_\{?[0-9+]+\}?)?\)?)$",
     re.DOTALL,
 )
 _RELATIONS = re.compile(
@@ -128,7 +128,7 @@ _OPERATORS = {"<=": r"\leq", ">=": r"\geq", "!=": r"\neq", "==": "=", ":=": "="}
 _CUP = re.compile(r"\\cup(?![a-zA-Z])|(?<=[)\]}])\s*U\s*(?=[(\[\\])")
 _SUCH_THAT = re.compile(r"\\mid(?![a-zA-Z])|\\vert|\||:")
 _MATRIX = re.compile(
-    r"(?:\\left)?[(\[]?\s*\\begin\{([pbBvV]?matrix|array|smallmatrix)\}(?:\{[^{}]*\})?((?:(?!\\end\{).)*)\\end\{\1\}\s*[)\]]?",
+    r"(?:\\left)?[(\[]?\s*\\begin\{([pbB]?matrix|array|smallmatrix)\}(?:\{[^{}]*\})?((?:(?!\\end\{).)*)\\end\{\1\}\s*[)\]]?",
     re.DOTALL,
 )
 _BASE = re.compile(
@@ -217,12 +217,19 @@ _TRAILING_TEXT = re.compile(
     re.DOTALL,
 )
 _TRAILING_WORDS = re.compile(r"^(.*?[0-9}%)])\s*((?:[A-Za-z][A-Za-z.]*[ /-]?)+(?:\s*\^\s*\{?[23]\}?)?)$", re.DOTALL)
+_NOT_A_UNIT = re.compile(
+    r"\b(?:and|or|not|to|but|if|than|else|except|times|plus|minus|nor|is|are|was|were|be|isn|maybe|perhaps|possibly|either"
+    r"|wrong|false|incorrect|impossible|less|more|fewer|greater|least|most|least|unless|instead|likely|unlikely|no|never"
+    r"|mod|choose|which|who|when|where|because|since|so|then|i|it|we|you)\b|(?<![\^{-])[0-9]|(?:\S+\s+){5}",
+    re.IGNORECASE,
+)
 _PERCENT = re.compile(
     r"\s*(?:\\?%|\\text\{\s*(?:%|percent|percentage|pct|per cent)\.?\s*\}|\s(?:percent|percentage|pct|per cent))$",
     re.IGNORECASE,
 )
 _GLUED_PERCENT = re.compile(r"(?<=[0-9}])\s*(?:percent|percentage|pct)$", re.IGNORECASE)
 _DEGREE = re.compile(r"\s*(?:\^\{\\circ\}|\\text\{\s*(?:degrees|degree|deg)\.?\s*\}|\s(?:degrees|degree|deg))$")
+_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|log|ln)(?![a-z])")
 _SCALE = re.compile(r"(\^\{\\circ\})\s*(?:\\text\{\s*([CF])\s*\}|([CF]))$")
 
 
@@ -343,6 +350,12 @@ def _single(text: str, level: int) -> Shape:
         return Matrix(tuple(tuple(_read(clean(cell), level + 1) for cell in row.split("&")) for row in rows), text)
     if (shape := _bracketed(text, level)) is not None:
         return shape
+    if (point := re.match(r"[A-Z]\s*(?=\()", text)) and closing(text, point.end()) == len(text) - 1:
+        inside = _bracketed(text[point.end() :], level)
+        if isinstance(inside, Group) and len(inside.items) > 1:
+            return inside  # P(2, 3)
+    if congruence := re.fullmatch(r"(.+?)\s*\\equiv\s*(.+?)\s*\\bmod\s*(\w+)", text):
+        return Named(squeezed(congruence[1]) + f" mod {congruence[3]}", _read(congruence[2], level + 1))
     if label := _LABEL.fullmatch(text):
         return Named(label[1].strip().casefold(), _read(label[2], level + 1))
     parts = split_at(text, _CUP)
@@ -434,7 +447,7 @@ def _relation(text: str, level: int) -> Shape | None:
         return _read(sides[1], level + 1)
     if any(not side for side in sides):
         return Words(text)
-    if r"\approx" in operators and "\\neq" not in operators:
+    if operators.count(r"\approx") == 1:
         at = operators.index(r"\approx")  # the exact part counts; only an approximation: that
         if at == 0 and not (_is_name(sides[0]) and len(sides) == 2):
             return _read(sides[0], level + 1)
@@ -444,9 +457,11 @@ def _relation(text: str, level: int) -> Shape | None:
             sides, operators = sides[: at + 1], operators[:at]
     if set(operators) == {"="}:
         if _is_name(sides[0]):
+            if len(sides) > 2 and any(read_number(full_fractions(side)) for side in sides[1:-1]):
+                return Named(
+                    squeezed(sides[0]), Relation(tuple(map(full_fractions, sides[1:])), ("=",) * (len(sides) - 2))
+                )
             return _named(sides[0], _read(sides[-1], level + 1))
-        if len(sides) > 2:
-            return _read(sides[-1], level + 1)
     return Relation(tuple(full_fractions(side) for side in sides), tuple(operators))
 
 
@@ -505,9 +520,13 @@ def _value(text: str, level: int) -> Shape:
         text, unit = text[: scale.start()], read_unit("°" + (scale[2] or scale[3]))
     elif (sign := _PERCENT.search(text) or _GLUED_PERCENT.search(text)) and text[: sign.start()].strip():
         text, percent = text[: sign.start()].strip(), True
-    elif (sign := _DEGREE.search(text)) and text[: sign.start()].strip():
+    elif (sign := _DEGREE.search(text)) and text[: sign.start()].strip() and not _FUNCTION.search(text):
         text, degrees = text[: sign.start()].strip(), True
-    elif (trailing := _TRAILING_TEXT.match(text)) and not trailing[1].rstrip().endswith(("_", "^")):
+    elif (
+        (trailing := _TRAILING_TEXT.match(text))
+        and not trailing[1].rstrip().endswith(("_", "^"))
+        and not _NOT_A_UNIT.search(trailing[2])
+    ):
         text, found = trailing[1].strip(), read_unit(trailing[2])
         unit = unit if unit and found is None else found
         if sign := _DEGREE.search(text):
@@ -534,12 +553,14 @@ def english_number(word: str) -> str | None:
 def _is_unit_text(value: str, words: str, whole: str) -> bool:
     """Whether letters behind a value are a unit, and not factors: known units, or English words behind a number."""
     words = words.strip()
-    if re.search(r"\b(?:and|or|not|to|but|if|than|else|except|times|plus|minus|nor)\b", words):
+    if _NOT_A_UNIT.search(words):
         return False
     number = read_number(full_fractions(value)) is not None
     first = re.split(r"[ /^]", words)[0]
-    if words in LETTERS:
-        return number and re.search(r"\s[A-Za-z]$", whole) is not None
+    if re.fullmatch(r"[A-Za-z]", words):
+        return number and words in LETTERS and re.search(r"\s[A-Za-z]$", whole) is not None
+    if re.fullmatch(r"m\s*\^\s*\{?[23]\}?", words):
+        return number
     if first in _FUNCTIONS or words in _FUNCTIONS:
         return False
     if is_known(re.split(r"\s*\^|(?<=[a-z])[23]$", words)[0]) or is_known(first) or ("/" in words and number):

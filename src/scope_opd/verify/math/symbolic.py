@@ -41,9 +41,12 @@ _BARE = re.compile(
     rf"(?<![\\a-zA-Z])(?:np\.|math\.)?({_FUNCTIONS}|pi|infty|infinity|theta|alpha|beta|gamma|lambda|phi|omega)(?![a-zA-Z])"
 )
 _BARE_ROOT = re.compile(r"(?<![\\a-zA-Z])(?:np\.|math\.)?sqrt\s*\(")
-_TIGHT_NUMBERS = re.compile(r"(?<![_^a-zA-Z0-9{])[0-9.]+\s+[0-9.]|[0-9]\s*%|%")
+_TIGHT_NUMBERS = re.compile(r"(?<![_^a-zA-Z0-9{])[0-9.]+\s+[0-9.]|%|[0-9)}]\s*_")
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _DEGREES = re.compile(r"([0-9.]+)\s*\^\s*\{?\s*\\circ\s*\}?")
+_PRIME = re.compile(r"([A-Za-z])\s*(?:'+|\^\s*\{\s*(?:\\prime\s*)+\}|\^\s*\\prime(?![a-z]))")
+_POWER_INDEX = re.compile(r"(?<=[A-Za-z])\s*\^\s*(\{[^{}]*\}|[0-9a-zA-Z])\s*_\s*(\{[^{}]*\}|[0-9a-zA-Z])")
+_INDEX_SIGN = re.compile(r"_\s*\{?\s*\\(odot|oplus|max|min|infty|parallel|perp|ast|star|text\{[a-zA-Z]*\})\s*\}?")
 _POWER = re.compile(r"([0-9]+)\s*\}?\)?\s*\^\s*[{(]*\s*([0-9]+)")
 _TOWER = re.compile(r"\^\s*[{(]*\s*([0-9]+)\s*\^\s*[{(]*\s*([0-9]+)")
 _FACTORIAL = re.compile(r"([0-9]+)\s*[)}]*\s*!|!\s*[)}]*\s*!|\^\s*\{[^{}]*\}\s*\)?\s*!")
@@ -80,6 +83,9 @@ def parser_spelling(latex: str) -> str:
     if "circ" in latex:
         degrees = r"(\1\\cdot\\frac{\\pi}{180})" if _TRIGONOMETRY.search(latex) else r"\1"
         latex = _DEGREES.sub(degrees, latex)
+    latex = _PRIME.sub(lambda m: m[1] + "_{" + "prime" * (m[0].count("'") or m[0].count("prime")) + "}", latex)
+    latex = _POWER_INDEX.sub(r"_\2^\1", latex)
+    latex = _INDEX_SIGN.sub(r"_{\1}", latex)
     text = _BARE.sub(lambda m: "\\" + ("infty" if m[1] == "infinity" else m[1]), latex)
     while match := _BARE_ROOT.search(text):
         end = closing(text, match.end() - 1)
@@ -101,6 +107,7 @@ def parse(latex: str) -> Any:
         TooHard: not to be evaluated.
     """
     from latex2sympy2_extended import latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from sympy import Float, Rational
 
     check_size(latex)
@@ -109,7 +116,10 @@ def parse(latex: str) -> Any:
         return None
     logging.disable(logging.ERROR)
     try:
-        parsed = latex2sympy(text, is_real=True, convert_degrees=False, normalization_config=None)
+        config = ConversionConfig(lowercase_symbols=False)  # R is not r
+        parsed = latex2sympy(
+            text, is_real=True, convert_degrees=False, normalization_config=None, conversion_config=config
+        )
         if hasattr(parsed, "atoms"):
             floats = {number: Rational(str(number)) for number in parsed.atoms(Float)}
             parsed = parsed.xreplace(floats) if floats else parsed

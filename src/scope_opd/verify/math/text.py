@@ -58,12 +58,16 @@ _RENAMED = {
     r"\textdollar": r"\$", r"\simeq": r"\approx", r"\thickapprox": r"\approx", r"\hfill": "", r"\sim": r"\approx",
 }  # fmt: skip
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
+_EMPHASISED = re.compile(r"(\*\*|__|\*|_|`)(?![*_`\s])([^*_`]+)\1")
 _HTML = re.compile(r"<(sup|sub)>(.*?)</\1>")
 _DOUBLED = re.compile(r"(?<!\\)\\(?:\\\\)*(?!\\)")
 _ORDINAL = re.compile(
     r"(?<=[0-9])\s*(?:\^\s*\{?\s*(?:\\text\s*\{\s*)?(?:th|st|nd|rd)\s*\}?\s*\}?|(?:th|st|nd|rd)(?![a-zA-Z]))"
 )
 _INDEX_WORD = re.compile(r"_\s*(?:\{\s*\\text\s*\{([^{}]*)\}\s*\}|\\text\s*\{([^{}]*)\})")
+_MOD = re.compile(
+    r"\(?\s*(?:\\(?:pmod|mod|bmod)(?![a-z])|\\text\s*\{\s*\(?mod\s*\}|(?<=\()mod(?![a-z]))\s*\{?\s*([0-9a-zA-Z]+)\s*\}?\s*\)?"
+)
 _DOUBLE = re.compile(r"\\\\(?=[a-zA-Z({\[$%])")
 _ARRAY = re.compile(r"\\begin\{")
 _DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)")
@@ -78,7 +82,9 @@ _SHORT_ROOT = re.compile(r"\\sqrt\s*([0-9a-zA-Z])")
 
 def clean(answer: str) -> str:
     """The one spelling of an answer: see the module. Idempotent on its own output for plain answers."""
-    text = answer.translate(_TABLE)
+    text = answer.translate(_TABLE).strip()
+    if emphasised := _EMPHASISED.fullmatch(text):
+        text = emphasised[2]
     if "<su" in text:
         text = _HTML.sub(lambda m: ("^{" if m[1] == "sup" else "_{") + m[2] + "}", text)
     if "\\\\" in text and not _DOUBLED.search(text):  # every backslash is written twice
@@ -99,6 +105,8 @@ def clean(answer: str) -> str:
         text = _NEGATIVE_SPACE.sub("", text)
         text = _DEGREES.sub(r"^{\\circ}", text)
         text = _BRACED_COMMA.sub(",", text)
+    if "mod" in text:
+        text = _MOD.sub(r" \\bmod \1", text)
     text = _ORDINAL.sub("", _SPACES.sub(" ", text).strip())
     while text and (text[-1] in ".,;:!" and not text.endswith(("..", "\\!")) and not re.search(r"[0-9]!$", text)):
         text = text[:-1].rstrip()
@@ -217,5 +225,6 @@ def full_fractions(text: str) -> str:
 
 def squeezed(text: str) -> str:
     """Without any white space and braces around single characters: for comparing spellings."""
-    text = re.sub(r"\s+", "", full_fractions(text))
+    text = re.sub(r"(?<=[0-9])\s+(?=[0-9])", "~", full_fractions(text))
+    text = re.sub(r"\s+", "", text)
     return re.sub(r"([_^])\{([0-9a-zA-Z])\}", r"\1\2", text)
