@@ -28,6 +28,7 @@ from scope_opd.evaluate import (
     powers_of_two,
     summarise,
 )
+from scope_opd.evaluate.intervals import holm, macro_interval, share_interval, sign_flip_p_value, t_quantile
 from scope_opd.types import Prompt, Rollout, Sampler, SamplingParams, Verdict, Verifier
 
 # --- figures -----------------------------------------------------------------
@@ -35,12 +36,31 @@ from scope_opd.types import Prompt, Rollout, Sampler, SamplingParams, Verdict, V
 
 def test_pass_at_k_equals_exact_rational_arithmetic() -> None:
     worst = 0.0
-    for n in range(1, 33):
+    for n in range(1, 65):
         counts = np.arange(n + 1)
         for k in range(1, n + 1):
-            exact = [float(1 - Fraction(comb(n - c, k), comb(n, k))) for c in range(n + 1)]
+            every = comb(n, k)
+            exact = [float(Fraction(every - comb(n - c, k), every)) for c in range(n + 1)]
             worst = max(worst, float(np.abs(pass_at_k(counts, n, k) - exact).max()))
-    assert worst <= 1e-13
+    assert worst <= 1e-12
+
+
+def test_pass_at_k_of_problems_with_different_n_is_each_problem_s_own() -> None:
+    counts, ns = np.array([1, 0, 3, 2]), np.array([4, 8, 8, 2])
+    for k in (1, 2):
+        alone = [float(pass_at_k(int(c), int(n), k)) for c, n in zip(counts, ns, strict=True)]
+        assert pass_at_k(counts, ns, k).tolist() == alone
+    with pytest.raises(ValueError, match="k <= n = 2"):
+        pass_at_k(counts, ns, 3)
+    with pytest.raises(ValueError, match="one of each a problem"):
+        pass_at_k(counts, ns[:3], 1)
+
+
+def test_figures_with_different_n_go_up_to_the_smallest() -> None:
+    row = summarise([1, 0, 3], [4, 8, 5])
+    assert row["avg@k"] == pytest.approx((1 / 4 + 0 + 3 / 5) / 3)
+    assert list(row["pass@k"]) == ["1", "2", "4"]
+    assert row["n"] == [4, 8, 5]
 
 
 def test_pass_at_k_stays_exact_at_large_n() -> None:
@@ -99,6 +119,95 @@ def test_interval_covers_the_true_mean_in_93_to_97_percent(kind: str) -> None:
         interval = bootstrap_interval(counts / 8, resamples=1000, kind=kind, seed=run)  # type: ignore[arg-type]
         hits += interval.low <= truth <= interval.high
     assert 0.93 <= hits / runs <= 0.97
+
+
+# Problems, samples, k, and the beta distribution of difficulty: sizes of AIME, AMC and a larger benchmark
+SETTINGS = [
+    (30, 8, 1, (0.5, 1.5)), (30, 8, 8, (0.5, 1.5)), (30, 32, 1, (0.3, 0.7)), (30, 32, 8, (1.0, 3.0)),
+    (40, 8, 1, (2.0, 1.0)), (40, 8, 4, (0.3, 0.7)), (40, 32, 32, (0.5, 1.5)),
+    (200, 32, 32, (0.3, 0.7)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("problems", "n", "k", "difficulty"), SETTINGS)
+def test_intervals_of_avg_and_pass_at_k_cover_in_93_to_97_percent(
+    problems: int, n: int, k: int, difficulty: tuple[float, float]
+) -> None:
+    a, b = difficulty
+    # 1 - E[(1 - p)^k] for p from a beta distribution, of which Pass@k is an unbiased estimate
+    log_beta = [math.lgamma(a) + math.lgamma(x) - math.lgamma(a + x) for x in (b + k, b)]
+    truth = 1.0 - math.exp(log_beta[0] - log_beta[1])
+    rng = np.random.default_rng([problems, n, k])
+    hits, runs = 0, 1000
+    for run in range(runs):
+        counts = rng.binomial(n, rng.beta(a, b, size=problems))
+        interval = share_interval(pass_at_k(counts, n, k), resamples=1000, seed=run)
+        hits += interval.low <= truth <= interval.high
+    assert 0.93 <= hits / runs <= 0.97
+
+
+def test_interval_of_a_macro_average_covers_in_93_to_97_percent() -> None:
+    rng = np.random.default_rng(2)
+    truth, hits, runs = (0.25 + 0.5) / 2, 0, 1000
+    for run in range(runs):
+        small = rng.binomial(8, rng.beta(0.5, 1.5, size=30)) / 8
+        large = rng.binomial(8, rng.beta(0.5, 0.5, size=150)) / 8
+        interval = macro_interval([small, large], resamples=1000, seed=run)
+        hits += interval.low <= truth <= interval.high
+    assert 0.93 <= hits / runs <= 0.97
+
+
+def test_a_macro_average_weighs_benchmarks_alike_and_equals_its_only_one() -> None:
+    small, large = np.array([1.0, 0.0]), np.zeros(100)
+    assert macro_interval([small, large]).value == pytest.approx(0.25)
+    values = np.random.default_rng(3).random(30)
+    assert macro_interval([values]) == bootstrap_interval(values)
+
+
+def test_shares_without_spread_have_the_exact_one_sided_bound() -> None:
+    for problems in (1, 30, 500):
+        none, every = share_interval(np.zeros(problems)), share_interval(np.ones(problems))
+        # all 30 problems failed: a share above 1 - 0.025^(1/30) would do so in less than 2.5 % of the draws
+        assert (none.low, none.high) == (0.0, pytest.approx(1 - 0.025 ** (1 / problems)))
+        assert (every.low, every.high) == (pytest.approx(0.025 ** (1 / problems)), 1.0)
+    assert macro_interval([np.zeros(30), np.zeros(30)], shares=True).high == pytest.approx(1 - 0.025 ** (1 / 30))
+
+
+def test_t_quantiles_are_those_of_the_tables() -> None:
+    for freedom, expected in ((5, 2.571), (10, 2.228), (29, 2.045), (199, 1.972)):
+        assert t_quantile(0.975, freedom) == pytest.approx(expected, rel=0.01)
+
+
+# --- p-values ----------------------------------------------------------------
+
+
+def test_sign_flips_of_few_differences_are_enumerated() -> None:
+    # of the 8 sign vectors of (1, 2, 4), only the two with equal signs reach |sum| = 7
+    assert sign_flip_p_value([[1.0, 2.0, 4.0, 0.0]]) == 2 / 8
+    assert sign_flip_p_value([[1.0, 1.0, -1.0]]) == 1.0
+    assert sign_flip_p_value([np.zeros(5)]) == 1.0
+
+
+def test_drawn_sign_flips_agree_with_the_enumeration() -> None:
+    values = np.random.default_rng(0).normal(0.5, 1.0, size=14)
+    exact = sign_flip_p_value([values])
+    drawn = sign_flip_p_value([np.concatenate([values, [1e-12, -1e-12]])])
+    assert drawn == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 20_000))
+
+
+def test_sign_flips_reject_five_percent_of_equal_models() -> None:
+    rng = np.random.default_rng(4)
+    rejected, runs = 0, 400
+    for _ in range(runs):
+        p = rng.beta(0.5, 1.0, size=12)
+        a, b = rng.binomial(16, p) / 16, rng.binomial(16, p) / 16
+        rejected += sign_flip_p_value([a - b]) <= 0.05
+    assert rejected / runs <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / runs)
+
+
+def test_holm_multiplies_the_smallest_by_the_number_of_comparisons() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
 def test_seeds_share_their_resampled_problems() -> None:

@@ -351,7 +351,7 @@ def _from_responses(path: Path, mapped: Sequence[str], config: Config) -> Prepar
     sha256 = file_sha256(source)
     verifier = build_answer_verifier(config.verify)
     try:
-        verifier.prepare(prompt.answer for prompt in found.prompts)
+        verifier.prepare(found.prompts)
     except BaseException:
         verifier.close()
         raise

@@ -58,9 +58,9 @@ def from_model(config: Config, names: Sequence[str], *, suffix: str | None, pres
     if any(each.benchmark.verifier == "answers" for each in loaded):
         answers = build_answer_verifier(config.verify)
     try:
-        if answers is not None:
-            answers.prepare(row.answer for each in loaded if each.benchmark.verifier == "answers" for row in each.rows)
         tasks = [_task(config, each, tokenizer, context, answers, suffix) for each in loaded]
+        if answers is not None:
+            answers.prepare(prompt for task in tasks if task.verifier is answers for prompt in task.prompts)
     except BaseException:
         if answers is not None:
             answers.close()
@@ -229,7 +229,7 @@ class BoundedSampler(LocalSampler):
     async def sample(self, prompts: Any, params: SamplingParams, *, step: int, policy_version: int) -> Any:
         from dataclasses import replace
 
-        source = super().sample(
+        source: Any = super().sample(
             prompts, replace(params, stop_token_ids=self.ends), step=step, policy_version=policy_version
         )
         try:

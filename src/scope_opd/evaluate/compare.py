@@ -101,16 +101,15 @@ def warnings(evaluations: Sequence[Evaluation], names: Sequence[str]) -> list[st
     base, lines = evaluations[0], []
     for other in evaluations[1:]:
         ours, theirs = base.results["settings"], other.results["settings"]
-        pairs = [(key, ours.get(key), theirs.get(key)) for key in _MATTERS]
+        pairs: list[tuple[str, Any, Any]] = [(key, ours.get(key), theirs.get(key)) for key in _MATTERS]
         for name in names:
-            entries = [each.results["benchmarks"][name] for each in (base, other)]
-            pairs.append((f"{name}: samples a problem", *(entry["metrics"]["n"] for entry in entries)))
-            pairs += [
-                (f"{name}: data {key}", *(entry["data"].get(key) for entry in entries))
-                for key in ("sha256", "revision", "partial")
-            ]
-            own = [(s.get("benchmarks") or {}).get(name) or {} for s in (ours, theirs)]
-            pairs += [(f"{name}: {key}", *(table.get(key) for table in own)) for key in ("max_tokens", "suffix")]
+            a, b = (each.results["benchmarks"][name] for each in (base, other))
+            pairs.append((f"{name}: samples a problem", a["metrics"]["n"], b["metrics"]["n"]))
+            for key in ("sha256", "revision", "partial"):
+                pairs += [(f"{name}: data {key}", a["data"].get(key), b["data"].get(key))]
+            left, right = ((each.get("benchmarks") or {}).get(name) or {} for each in (ours, theirs))
+            for key in ("max_tokens", "suffix"):
+                pairs += [(f"{name}: {key}", left.get(key), right.get(key))]
         for key, left, right in pairs:
             if (found := first_difference(left, right, key)) is not None and not found[0].endswith(".seed"):
                 lines.append(

@@ -1,0 +1,318 @@
+"""``scope eval`` as its users run it: the zoo, stored responses, local benchmarks, interruptions, mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from scope_opd.cli.eval_settings import sampling_options
+from scope_opd.cli.main import main
+from scope_opd.evaluate.metrics import pass_at_k
+from shared_data import data_file, data_rows
+from tiny import save_pair
+
+ZOO = ["eval", "--model", "zoo:student", "--benchmark", "zoo", "--problems", "12", "--n", "4", "--max-rows", "16"]
+SIX = ("aime24", "aime25", "amc23", "math500", "minerva", "olympiadbench")
+
+# Runs the real command line; after `count` samples writes half a line more, then sends itself the signal.
+DRIVER = """
+import os, runpy, signal, sys
+from scope_opd.evaluate.store import SampleStore
+
+count, number = int(sys.argv[1]), int(sys.argv[2])
+append = SampleStore.append
+
+def counted(self, key, row):
+    global count
+    append(self, key, row)
+    count -= 1
+    if count == 0:
+        if number == signal.SIGKILL:
+            self._stream.write(b'{"benchmark":"zoo","problem":"zoo-held')
+        os.kill(os.getpid(), number)
+
+SampleStore.append = counted
+sys.argv = ["scope", *sys.argv[3:]]
+runpy.run_module("scope_opd", run_name="__main__")
+"""
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def driven(count: int, number: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", DRIVER, str(count), str(number), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted evaluation of the zoo's student."""
+    folder = tmp_path_factory.mktemp("zoo") / "whole"
+    assert main([*ZOO, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with room for long problems."""
+    return save_pair(tmp_path_factory.mktemp("tiny") / "model", context=8192)
+
+
+# --- what comes out ------------------------------------------------------------
+
+
+def test_every_figure_can_be_computed_again_from_what_is_kept(zoo: Path) -> None:
+    entry = results_of(zoo)["benchmarks"]["zoo"]
+    samples = rows_of(zoo / "samples.jsonl")
+    assert len(samples) == 48
+    correct = Counter(row["problem"] for row in samples if row["correct"])
+    assert [problem["correct"] for problem in entry["problems"]] == [correct[p["id"]] for p in entry["problems"]]
+    metrics, counts = entry["metrics"], np.array([problem["correct"] for problem in entry["problems"]])
+    assert metrics["avg@k"] == pytest.approx(counts.mean() / 4)
+    assert metrics["pass@k"]["2"] == pytest.approx(pass_at_k(counts, 4, 2).mean())
+    assert metrics["pass@k_with_replacement"]["4"] == pytest.approx((1 - (1 - counts / 4) ** 4).mean())
+    lengths = sorted(row["tokens"] for row in samples)
+    assert sorted(length for problem in entry["problems"] for length in problem["lengths"]) == lengths
+    expected = {"unit": "tokens", "mean": np.mean(lengths), "median": lengths[23], "p95": lengths[45]}
+    assert metrics["length"] == pytest.approx(expected)
+    distinct = [len({r["extracted"] for r in samples if r["problem"] == p["id"]} - {None}) for p in entry["problems"]]
+    assert [problem["distinct"] for problem in entry["problems"]] == distinct
+    assert metrics["truncated"] == sum(row["finish_reason"] == "length" for row in samples) / 48
+    assert (metrics["no_verdict"], entry["data"]["partial"], entry["data"]["rows"]) == (0.0, True, 400)
+    for name, (low, high) in metrics["ci95"].items():
+        value = metrics["avg@k"] if name == "avg@k" else metrics["pass@k"][name.removeprefix("pass@")]
+        assert low <= value <= high
+
+
+def test_results_hold_the_settings_and_neither_time_nor_machine(zoo: Path) -> None:
+    text = (zoo / "results.json").read_text()
+    settings = json.loads(text)["settings"]
+    assert settings["sampling"] == {
+        "n": 4, "temperature": 0.6, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "seed": 0
+    }  # fmt: skip
+    assert settings["benchmarks"]["zoo"]["max_tokens"] == 64
+    assert len(settings["source"]["sha256"]) == 64
+    run = json.loads((zoo / "run.json").read_text())["runs"][0]
+    assert run["samples"] == 48
+    assert run["tokens_per_s"] > 0
+    assert not any(str(run[key]) in text for key in ("ended", "seconds", "platform"))
+    table = (zoo / "results.md").read_text()
+    assert "| zoo | 12 of 400 | 4 |" in table
+    assert "with replacement" in table
+
+
+def test_the_same_command_again_draws_nothing_and_loads_no_weights(
+    zoo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from scope_opd.cli import eval_model
+
+    monkeypatch.setattr(eval_model, "load_model", lambda *_, **__: pytest.fail("loaded the model"))
+    before = (zoo / "results.json").read_bytes(), (zoo / "samples.jsonl").read_bytes()
+    assert main([*ZOO, "--out", str(zoo)]) == 0
+    assert ((zoo / "results.json").read_bytes(), (zoo / "samples.jsonl").read_bytes()) == before
+    assert "all 48 samples are there already" in capsys.readouterr().err
+
+
+def test_other_settings_in_the_same_folder_are_one_line(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ZOO, "--temperature", "1.0", "--out", str(zoo)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "sampling.temperature = 0.6, and now sampling.temperature = 1.0" in line
+
+
+def test_an_evaluation_that_is_interrupted_and_killed_ends_as_if_nothing_had_happened(
+    zoo: Path, tmp_path: Path
+) -> None:
+    arguments = [*ZOO, "--out", str(tmp_path / "broken")]
+    stopped = driven(10, signal.SIGINT, arguments)
+    assert stopped.returncode == 130, stopped.stderr
+    lines = stopped.stderr.splitlines()
+    assert "of 48 samples are kept" in lines[-1]
+    assert "same command again" in lines[-1]
+    assert "Traceback" not in stopped.stderr
+    killed = driven(25, signal.SIGKILL, arguments)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    torn = (tmp_path / "broken" / "samples.jsonl").read_bytes()
+    assert not torn.endswith(b"\n")
+    assert main(arguments) == 0
+    ours, theirs = tmp_path / "broken", zoo
+    assert (ours / "results.json").read_bytes() == (theirs / "results.json").read_bytes()
+    by_key = [sorted(json.dumps(row) for row in rows_of(each / "samples.jsonl")) for each in (ours, theirs)]
+    assert by_key[0] == by_key[1]
+    # a batch that was whole before the kill is not drawn again: its lines stand where they stood
+    first = torn.splitlines()[:16]
+    assert (ours / "samples.jsonl").read_bytes().splitlines()[:16] == first
+
+
+def test_the_paper_s_preset_and_what_wins_over_it() -> None:
+    base = {"n": 32, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_tokens": 32768}
+    assert sampling_options("paper", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", {}) == {
+        **base, "repetition_penalty": 1.0
+    }  # fmt: skip
+    penalised = sampling_options("paper", "/models/Qwen3-1.7B-Base/", {"n": 8, "top_k": None})
+    assert penalised == {**base, "n": 8, "repetition_penalty": 1.08}
+    assert sampling_options(None, "x", {"n": None, "seed": 3}) == {"seed": 3}
+
+
+# --- benchmarks ----------------------------------------------------------------
+
+
+def test_the_six_local_benchmarks_run_with_a_random_model(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [part for name in SIX for part in ("--benchmark", f"{name}={data_file(f'eval/{name}.jsonl')}")]
+    out = tmp_path / "six"
+    arguments = ["--n", "2", "--max-tokens", "4", "--problems", "30", "--out", str(out)]
+    assert main(["eval", "--model", str(tiny), *files, *arguments]) == 0
+    results = results_of(out)
+    assert list(results["benchmarks"]) == list(SIX)
+    for entry in results["benchmarks"].values():
+        assert entry["metrics"]["problems"] == 30
+        assert entry["metrics"]["length"]["p95"] <= 4
+    assert results["benchmarks"]["aime24"]["data"]["partial"] is False
+    assert results["macro"]["benchmarks"] == list(SIX)
+    figures = [entry["metrics"]["avg@k"] for entry in results["benchmarks"].values()]
+    assert results["macro"]["avg@k"] == pytest.approx(np.mean(figures))
+    output = capsys.readouterr()
+    assert "macro" in output.out
+    assert "put your final answer within \\\\boxed{}" in output.err  # the first prompt, as it is
+
+
+def test_prompts_are_what_the_options_ask_for(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    problems = write(tmp_path / "p.jsonl", [{"id": "a", "problem": "1+1?", "answer": 2}])
+    common = ["eval", "--model", str(tiny), "--benchmark", f"mine={problems}", "--n", "1", "--max-tokens", "2"]
+    asked = {
+        "bare": (["--template", "none", "--suffix", " Go."], "'1+1? Go.'"),
+        "system": (["--system", "Add.", "--suffix", ""], "'system: Add.\\nuser: 1+1?\\nassistant: '"),
+    }
+    for name, (options, expected) in asked.items():
+        assert main([*common, *options, "--out", str(tmp_path / name)]) == 0
+        assert f"first prompt: {expected}" in capsys.readouterr().err
+
+
+# --- stored responses ----------------------------------------------------------
+
+
+def test_stored_responses_are_judged_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = data_file("verifier/gsm8k_model_outputs.jsonl")
+    out = tmp_path / "judged"
+    mapping = ["--map", "answer=gold", "--map", "problem_id=problem_index"]
+    assert main(["eval", "--responses", str(file), *mapping, "--out", str(out)]) == 0
+    entry = results_of(out)["benchmarks"]["gsm8k_model_outputs"]
+    labelled = data_rows("verifier/gsm8k_model_outputs.jsonl")
+    right, n = Counter(), Counter(row["problem_index"] for row in labelled)
+    for row in labelled:
+        right[row["problem_index"]] += row["expected"]
+    assert {int(p["id"]): p["correct"] for p in entry["problems"]} == {index: right[index] for index in n}
+    assert entry["metrics"]["n"] == {"smallest": 1, "largest": max(n.values())}
+    assert list(entry["metrics"]["pass@k"]) == ["1"]
+    assert entry["metrics"]["avg@k"] == pytest.approx(np.mean([right[i] / n[i] for i in n]))
+    assert entry["metrics"]["truncated"] is None
+    assert entry["metrics"]["length"]["unit"] == "characters"
+    assert "Samples a problem differ" in capsys.readouterr().out
+
+
+def test_rows_without_a_problem_id_are_problems_of_their_own_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"prediction": r"\boxed{2}", "answer": "2", "finish_reason": "stop", "tokens": 5},
+        {"prediction": r"\boxed{2.05}", "answer": "2", "tolerance": 0.1, "finish_reason": "length", "tokens": 7},
+        {"prediction": "", "answer": {"any_of": ["1", "2"]}, "finish_reason": "length", "tokens": 0},
+    ]
+    path = write(tmp_path / "r.jsonl", rows)
+    assert main(["eval", "--responses", str(path), "--out", str(tmp_path / "out")]) == 0
+    assert "each row is a problem of its own" in capsys.readouterr().err
+    metrics = results_of(tmp_path / "out")["benchmarks"]["r"]["metrics"]
+    assert metrics["avg@k"] == pytest.approx(2 / 3)
+    assert metrics["truncated"] == pytest.approx(2 / 3)
+    assert metrics["no_answer"] == pytest.approx(1 / 3)
+    assert metrics["length"] == {"unit": "tokens", "mean": 4.0, "median": 5.0, "p95": 7.0}
+
+
+# --- mistakes ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--benchmark", "aime24=FILE"], "3 rows; expected the 30"),
+        (["--benchmark", "aime2024"], "did you mean aime24"),
+        (["--benchmark", "mine=FILE", "--benchmark", "mine=FILE"], "names mine twice"),
+        (["--benchmark", "mine=missing.jsonl"], "does not exist"),
+        ([], "no --benchmark"),
+        (["--benchmark", "mine=FILE", "--temperature", "0"], "--temperature = 0"),
+        (["--benchmark", "mine=FILE", "--top-p", "1.5"], "--top-p = 1.5"),
+        (["--benchmark", "mine=FILE", "--n", "0"], "--n = 0"),
+        (["--benchmark", "mine=FILE", "--max-rows", "0"], "--max-rows = 0"),
+        (["--benchmark", "mine=FILE", "--tolerance", "much"], "tolerance"),
+        (["--benchmark", "mine=FILE", "--chat", "x"], "NAME=VALUE"),
+        (["--benchmark", "mine=FILE", "--map", "answer=gold"], "--map without --responses"),
+        (["--benchmark", "mine=FILE", "--template", "gone.jinja"], "--template = 'gone.jinja'"),
+        (["--benchmark", "mine=FILE", "--device", "cuda:99"], "cuda:99"),
+        (["--benchmark", "mine=FILE", "--responses", "FILE"], "--model and --responses both"),
+        (["--benchmark", "mine=FILE", "--preset", "paper"], "give --max-tokens 8"),
+    ],
+)
+def test_mistakes_are_one_line_with_a_remedy(
+    options: list[str], message: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"id": str(i), "problem": "1+1?", "answer": "2"} for i in range(3)]
+    path = write(tmp_path / "p.jsonl", rows)
+    options = [option.replace("FILE", str(path)) for option in options]
+    assert main(["eval", "--model", str(tiny), *options, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert message in error[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([{"prediction": "1"}], [], "no column 'answer'"),
+        ([{"prediction": "1", "answer": ""}], [], "the answer is ''"),
+        ([{"prediction": 1, "answer": "1"}], [], "prediction is int"),
+        ([{"prediction": "1", "answer": "1", "id": 1}] * 2, [], "the id '1' was used before"),
+        ([{"prediction": "1", "answer": a, "problem_id": 1} for a in "12"], [], "one answer a problem"),
+        ([{"prediction": "1", "answer": "1", "problem_id": i} for i in (1, None)], [], "no problem_id"),
+        ([{"prediction": "1", "answer": "1", "tokens": "3"}], [], "tokens = '3'"),
+        ([{"prediction": "1", "answer": "1"}], ["--map", "gold=answer"], "OURS=THEIRS"),
+        ([{"prediction": "1", "answer": "1"}], ["--map", "answer=gold"], "no column 'gold'"),
+        ([{"prediction": "1", "answer": "1"}], ["--n", "3"], "--n with --responses"),
+        ([], [], "is empty"),
+    ],
+)
+def test_mistakes_in_responses_are_one_line_with_a_remedy(
+    rows: list[dict[str, Any]], options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "r.jsonl", rows)
+    assert main(["eval", "--responses", str(path), *options, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert message in error[0]
