@@ -221,6 +221,12 @@ def parquet_bytes(tmp_path: Path) -> bytes:
     return write_parquet(tmp_path / "whole.parquet", rows).read_bytes()
 
 
+def parquet_in_latin1(folder: Path) -> None:
+    bad = pyarrow.array([b"\xe9"], pyarrow.binary()).cast(pyarrow.string(), safe=False)
+    table = pyarrow.table({"problem": bad, "answer": ["1"]})
+    pyarrow.parquet.write_table(table, folder / "r.parquet")
+
+
 LINE = '{"problem": "p", "answer": "1"}\n'
 
 
@@ -240,6 +246,7 @@ DAMAGED: dict[str, tuple[tuple[str, Callable[[Path], Any]], str]] = {
     "csv with two columns of a name": (text("r.csv", "problem,problem\np,1\n"), "two columns"),
     "csv with a column without a name": (text("r.csv", "problem,\np,1\n"), "without a name"),
     "csv without the column": (text("r.csv", "question,answer\np,1\n"), "no column 'problem'"),
+    "parquet with text that is not UTF-8": (("r.parquet", parquet_in_latin1), "after row 0"),
     "parquet without the column": (
         ("r.parquet", lambda tmp: write_parquet(tmp / "r.parquet", [{"question": "p", "answer": "1"}])),
         "no column 'problem'",

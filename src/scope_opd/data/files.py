@@ -181,17 +181,21 @@ def _parquet(path: Path, select: Select | None) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             wanted = None if select is None else _wanted(schema, select(_schema_names(schema)))
-            number = 0
             for batch in file.iter_batches(batch_size=1024, columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}, after row {number}: {error.reason} (not UTF-8)", "text columns in UTF-8", "write the file again"
+        ) from None
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # dates beyond Python's, for example
+        reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"{path}: {reason}", "a complete parquet file", "copy or write the file again; it may be cut off"
         ) from None
