@@ -131,7 +131,8 @@ class _State:
         self.queue: deque[_Job] = deque()
         self.threads: set[threading.Thread] = set()
         self.running: set[_Worker] = set()
-        self.idle = 0
+        self.free: set[threading.Thread] = set()
+        """Threads that wait for jobs, or will when their worker is ready."""
         self.closed = False
 
     def submit(self, job: _Job) -> Future[Verdict]:
@@ -139,13 +140,13 @@ class _State:
             if self.closed:
                 raise RuntimeError(CLOSED)
             self.queue.append(job)
-            if self.idle < len(self.queue) and len(self.threads) < self.size:
+            if len(self.free) < len(self.queue) and len(self.threads) < self.size:
                 # A worker is ended by the kernel with the thread that started it: each thread keeps its own.
                 thread = threading.Thread(target=self._work, name="verifier", daemon=True)
                 self.threads.add(thread)
+                self.free.add(thread)
                 thread.start()
-            else:
-                self.changed.notify()
+            self.changed.notify()
         return job.future
 
     def pids(self) -> list[int]:
@@ -172,12 +173,17 @@ class _State:
     def _work(self) -> None:
         worker: _Worker | None = None
         try:
-            while batch := self._take():
-                if worker is None or worker.lost():
+            while True:
+                # Started before a job is taken: one that can be judged elsewhere does not wait for it.
+                if worker is None and (worker := self._start()) is None:
+                    return
+                if not (batch := self._take()):
+                    return
+                if worker.lost():
+                    self._put_back(batch)
                     self._discard(worker)
-                    worker = self._start(batch)
-                    if worker is None:
-                        return
+                    worker = None
+                    continue
                 try:
                     self._put_back(worker.judge(batch))
                 except _WorkerLost as loss:
@@ -189,19 +195,24 @@ class _State:
                     self._put_back(waiting[1:])
         finally:
             self._discard(worker)
-            with self.changed:
-                self.threads.discard(threading.current_thread())
+            self._leave()
+
+    def _leave(self) -> None:
+        """The calling thread takes no more jobs."""
+        with self.changed:
+            self.threads.discard(threading.current_thread())
+            self.free.discard(threading.current_thread())
 
     def _take(self) -> list[_Job]:
         """The next jobs, fairly shared; empty once the pool is closed."""
         while True:
             with self.changed:
-                self.idle += 1
+                self.free.add(threading.current_thread())
                 while not self.queue and not self.closed:
                     self.changed.wait()
-                self.idle -= 1
                 if self.closed:
                     return []
+                self.free.discard(threading.current_thread())
                 count = min(MAX_BATCH, -(-len(self.queue) // self.size))
                 batch = [self.queue.popleft() for _ in range(count)]
             if batch := [job for job in batch if job.begin()]:
@@ -222,8 +233,8 @@ class _State:
         else:
             job.future.set_result(verdict)
 
-    def _start(self, batch: Sequence[_Job]) -> _Worker | None:
-        """A worker that is ready; where there can be none, that is the result of all that wait."""
+    def _start(self) -> _Worker | None:
+        """A worker that is ready. Where there can be none, those that run go on alone, or all that wait are told."""
         reason = ""
         for _ in range(START_ATTEMPTS):
             worker = None
@@ -235,28 +246,22 @@ class _State:
                         worker.kill()
                 worker.wait_until_ready()
                 return worker
-            except _StartFailed as failure:
+            except (_StartFailed, _WorkerLost, OSError) as failure:
                 self._discard(worker)
                 reason = str(failure)
-                break
-            except (_WorkerLost, OSError) as failure:
-                self._discard(worker)
-                reason = str(failure)
-            if self.closed:
-                break
+                if self.closed or isinstance(failure, _StartFailed):
+                    break
         error = ScopeError(
             f"no verifier process could be started: {reason}",
             "a Python that can import math-verify",
             "install scope-opd with its dependencies, and check limits on processes and memory",
         )
         with self.changed:
-            self.threads.discard(threading.current_thread())
-            if self.running and not self.closed:  # the others are enough
+            self._leave()
+            if self.running and not self.closed:
                 self.size = len(self.threads)
-                self.queue.extendleft(reversed(batch))
-                self.changed.notify()
                 return None
-            waiting = [*batch, *self.queue]
+            waiting = list(self.queue)
             self.queue.clear()
         for job in waiting:
             if job.begin():
