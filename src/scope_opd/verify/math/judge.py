@@ -14,13 +14,14 @@ from functools import lru_cache
 
 from scope_opd.gold import MathGold, Tolerance
 from scope_opd.types import Verdict
-from scope_opd.verify.math import shape as shapes
 from scope_opd.verify.math.choices import letter_of, options
-from scope_opd.verify.math.compare import Context, same, words_of
+from scope_opd.verify.math.compare import same
+from scope_opd.verify.math.compare_values import Context, words_of
 from scope_opd.verify.math.extract import Extracted, extract, sentence_core
 from scope_opd.verify.math.fast import CORRECT, WRONG, decide, gold_parts, no_answer
+from scope_opd.verify.math.reading import read, read_list
 from scope_opd.verify.math.settings import MathSettings
-from scope_opd.verify.math.shape import Many, Shape, Words
+from scope_opd.verify.math.shapes import Many, Shape, Words
 from scope_opd.verify.math.symbolic import TooHard, check_size, parse, too_large
 from scope_opd.verify.math.text import clean, squeezed
 from scope_opd.verify.math.units import Unit, read_unit
@@ -83,14 +84,14 @@ def _wrong(found: Extracted, gold: MathGold, problem: str, settings: MathSetting
                 continue
             if answer is not None and listed and (named := letter_of(answer)) and named[0] in listed:
                 text = listed[named[0]]
-                consistent = not named[1] or same(shapes.read(named[1]), shapes.read(text), context)
-                if consistent and same(shapes.read(text), _gold_shape(parts), context):
+                consistent = not named[1] or same(read(named[1]), read(text), context)
+                if consistent and same(read(text), _gold_shape(parts), context):
                     return None
         gold_shape = _gold_list(alternative)
         if answer is not None and _copied(answer, alternative, context):
             reason = "copied from the problem"
             continue
-        found_shape = shapes.read(answer) if answer is not None else shapes.read_list(found.parts)
+        found_shape = read(answer) if answer is not None else read_list(found.parts)
         for part in alternative:
             if too_large(clean(part)):
                 break  # only its own spelling could be equal, and that was tried
@@ -107,24 +108,24 @@ def _chosen(answer: str | None, letter: str, listed: dict[str, str], context: Co
     if named := letter_of(answer):
         if named[0] != letter:
             return "another option"
-        if named[1] and letter in listed and not same(shapes.read(named[1]), shapes.read(listed[letter]), context):
+        if named[1] and letter in listed and not same(read(named[1]), read(listed[letter]), context):
             return "the letter of one option with the text of another"
         if named[1] and letter not in listed and re.search(r"\b(?:or|and|not|[B-J])\b", named[1]):
             return "several answers to one choice"
         return None
-    shape = shapes.read(answer)
+    shape = read(answer)
     if isinstance(shape, Words) and shape.text.strip() == letter:
         return None
-    matching = [key for key, text in listed.items() if same(shape, shapes.read(text), context)]
+    matching = [key for key, text in listed.items() if same(shape, read(text), context)]
     return None if matching == [letter] else WRONG
 
 
 @lru_cache(maxsize=4096)
 def _gold_shape(parts: tuple[str, ...]) -> Shape:
     if len(parts) > 1:
-        return shapes.read_list(parts)
+        return read_list(parts)
     core = sentence_core(parts[0])
-    return shapes.read(parts[0] if core is None else core)
+    return read(parts[0] if core is None else core)
 
 
 @lru_cache(maxsize=4096)

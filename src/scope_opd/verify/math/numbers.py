@@ -26,6 +26,10 @@ _DECIMAL = r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+"
 _GROUPED = r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?|[1-9][0-9]{0,2}(?: [0-9]{3})+(?:\.[0-9]+)?"
 _TIMES = r"\s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*(?:\{\s*([+-]?[0-9]{1,6})\s*\}|\(([+-]?[0-9]{1,6})\)|([+-]?[0-9]{1,6}))"
 _PLAIN = re.compile(rf"([+-]?)\s*(?:({_GROUPED})|({_DECIMAL}))(?:[eE]([+-]?[0-9]{{1,6}})|{_TIMES})?")
+_REPEATING = re.compile(
+    r"([+-]?)([0-9]{1,40})\.([0-9]{0,40})"
+    r"(?:\\(?:overline|bar)\s*\{([0-9]{1,40})\}|\(([0-9]{1,40})\)|\\dot\s*\{?([0-9])\}?(?:([0-9]*)\\dot\s*\{?([0-9])\}?)?)"
+)
 _POWER_OF_TEN = re.compile(r"([+-]?)\s*10\s*\^\s*(?:\{\s*([+-]?[0-9]{1,6})\s*\}|([+-]?[0-9]))")
 _RATIO = re.compile(
     rf"([+-]?)\s*\(?([+-]?)({_GROUPED}|{_DECIMAL})\)?\s*/\s*\(?\s*([+-]?)\s*({_GROUPED}|{_DECIMAL})\s*\)?"
@@ -57,6 +61,8 @@ def read_number(text: str) -> Number | None:
         sign, grouped, plain, *exponents = match.groups()
         exponent = int(next((part for part in exponents if part), "0"))
         return _decimal(sign, (grouped or plain).replace(",", "").replace(" ", ""), exponent)
+    if match := _REPEATING.fullmatch(text):
+        return _repeating(*match.groups())
     if match := _POWER_OF_TEN.fullmatch(text):
         return _decimal(match[1], "1", int(match[2] or match[3]))
     if match := _RATIO.fullmatch(text):
@@ -78,6 +84,13 @@ def _decimal(sign: str, digits: str, exponent: int) -> Number | None:
     value = -value if sign == "-" else value
     after = len(digits.partition(".")[2]) - exponent if "." in digits else None
     return Number(value, after, len(digits.replace(".", "").lstrip("0")) if after is not None else 0)
+
+
+def _repeating(sign: str, whole: str, fixed: str, *period: str | None) -> Number:
+    digits = "".join(part for part in period if part)
+    scale = 10 ** len(fixed)
+    value = Fraction(int(whole + fixed), scale) + Fraction(int(digits), scale * (10 ** len(digits) - 1))
+    return Number(-value if sign == "-" else value)
 
 
 def _quotient(sign: str, top_sign: str, top: str, bottom_sign: str, bottom: str) -> Number | None:

@@ -45,6 +45,7 @@ _TIGHT_NUMBERS = re.compile(r"(?<![_^a-zA-Z0-9{])[0-9.]+\s+[0-9.]|%|[0-9)}]\s*_"
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _DEGREES = re.compile(r"([0-9.]+)\s*\^\s*\{?\s*\\circ\s*\}?")
 _PRIME = re.compile(r"([A-Za-z])\s*(?:'+|\^\s*\{\s*(?:\\prime\s*)+\}|\^\s*\\prime(?![a-z]))")
+_CHOOSE = re.compile(r"(?<![a-zA-Z\\])C_\s*\{?([0-9]+)\}?\s*\^\s*\{?([0-9]+)\}?")
 _POWER_INDEX = re.compile(r"(?<=[A-Za-z])\s*\^\s*(\{[^{}]*\}|[0-9a-zA-Z])\s*_\s*(\{[^{}]*\}|[0-9a-zA-Z])")
 _INDEX_SIGN = re.compile(r"_\s*\{?\s*\\(odot|oplus|max|min|infty|parallel|perp|ast|star|text\{[a-zA-Z]*\})\s*\}?")
 _POWER = re.compile(r"([0-9]+)\s*\}?\)?\s*\^\s*[{(]*\s*([0-9]+)")
@@ -86,6 +87,7 @@ def parser_spelling(latex: str) -> str:
     latex = _PRIME.sub(lambda m: m[1] + "_{" + "prime" * (m[0].count("'") or m[0].count("prime")) + "}", latex)
     latex = _POWER_INDEX.sub(r"_\2^\1", latex)
     latex = _INDEX_SIGN.sub(r"_{\1}", latex)
+    latex = _CHOOSE.sub(r"\\binom{\1}{\2}", latex)
     text = _BARE.sub(lambda m: "\\" + ("infty" if m[1] == "infinity" else m[1]), latex)
     while match := _BARE_ROOT.search(text):
         end = closing(text, match.end() - 1)

@@ -59,11 +59,26 @@ _RENAMED = {
 }  # fmt: skip
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _EMPHASISED = re.compile(r"(\*\*|__|\*|_|`)(?![*_`\s])([^*_`]+)\1")
+_CIRCLED = re.compile("[\u2460-\u2473]")
 _HTML = re.compile(r"<(sup|sub)>(.*?)</\1>")
 _DOUBLED = re.compile(r"(?<!\\)\\(?:\\\\)*(?!\\)")
 _ORDINAL = re.compile(
     r"(?<=[0-9])\s*(?:\^\s*\{?\s*(?:\\text\s*\{\s*)?(?:th|st|nd|rd)\s*\}?\s*\}?|(?:th|st|nd|rd)(?![a-zA-Z]))"
 )
+_FUNCTION_WORDS = {
+    "tg": "tan",
+    "ctg": "cot",
+    "arctg": "arctan",
+    "arcctg": "arccot",
+    "lg": "log",
+    "sh": "sinh",
+    "ch": "cosh",
+}
+_FUNCTION_WORD = re.compile(
+    r"\\text\s*\{\s*(arcsin|arccos|arctan|arctg|arcctg|sinh|cosh|tanh|sin|cos|tan|cot|tg|ctg|lg|ln|log|exp)\s*\}"
+    r"|\\(tg|ctg|arctg|arcctg|lg|sh|ch)(?![a-zA-Z])"
+)
+_PLUS_INFINITY = re.compile(r"(^|[(\[,;=<>]\s*)\+\s*\\infty")
 _INDEX_WORD = re.compile(r"_\s*(?:\{\s*\\text\s*\{([^{}]*)\}\s*\}|\\text\s*\{([^{}]*)\})")
 _MOD = re.compile(
     r"\(?\s*(?:\\(?:pmod|mod|bmod)(?![a-z])|\\text\s*\{\s*\(?mod\s*\}|(?<=\()mod(?![a-z]))\s*\{?\s*([0-9a-zA-Z]+)\s*\}?\s*\)?"
@@ -85,6 +100,8 @@ def clean(answer: str) -> str:
     text = answer.translate(_TABLE).strip()
     if emphasised := _EMPHASISED.fullmatch(text):
         text = emphasised[2]
+    if _CIRCLED.search(text):
+        text = _CIRCLED.sub(lambda m: f" {ord(m[0]) - 0x245F} ,", text).replace(",,", ",").rstrip(" ,")
     if "<su" in text:
         text = _HTML.sub(lambda m: ("^{" if m[1] == "sup" else "_{") + m[2] + "}", text)
     if "\\\\" in text and not _DOUBLED.search(text):  # every backslash is written twice
@@ -100,6 +117,8 @@ def clean(answer: str) -> str:
         text = _SIZES.sub("", text)
         text = _FRAC.sub(r"\\frac", text)
         text = _WORDS.sub(r"\\text{", text)
+        text = _FUNCTION_WORD.sub(lambda m: "\\" + _FUNCTION_WORDS.get(m[1] or m[2], m[1] or m[2]) + " ", text)
+        text = _PLUS_INFINITY.sub(r"\1\\infty", text)
         text = _INDEX_WORD.sub(lambda m: "_{" + (m[1] or m[2] or "").strip() + "}", text)
         text = _FONTS.sub("", text)
         text = _NEGATIVE_SPACE.sub("", text)

@@ -1,114 +1,34 @@
-r"""The structure of an answer: lists, tuples, sets, intervals, unions, relations, matrices, words, values with units.
+r"""Read the structure of an answer: lists, tuples, sets, intervals, unions, relations, matrices.
 
-``read`` turns a clean spelling into one of the shapes below; what has no structure of its own is a ``Value``, which
-holds LaTeX for the symbolic comparison. Reading never evaluates anything.
+``read`` turns any spelling into one of the ``shapes``. Reading never evaluates anything.
 
-Not covered: nested quantifiers, systems written as ``cases``, prose.
+Not covered: nested quantifiers, ``cases`` with conditions, prose.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from dataclasses import dataclass
-from typing import Union
+from fractions import Fraction
 
 from scope_opd.verify.math.numbers import Number, read_number
+from scope_opd.verify.math.reading_values import FUNCTIONS, read_value
+from scope_opd.verify.math.shapes import Clock, Group, Many, Matrix, Named, Relation, Shape, Unite, Value, Words
 from scope_opd.verify.math.text import clean, closing, full_fractions, split, split_at, squeezed
-from scope_opd.verify.math.units import LETTERS, Unit, is_known, read_unit
 
 MAX_ITEMS = 200
 """Items of a list that are read."""
 
-
-@dataclass(frozen=True, slots=True)
-class Words:
-    """An answer in words, as written."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """One value.
-
-    Attributes:
-        latex: its clean spelling without unit, per cent and degree signs.
-        number: it, if it is a plain number.
-        percent, degrees: whether such a sign followed.
-        unit: the unit or the words behind it.
-        base: the base in which an integer is written (52_8), None if not stated.
-        grouped: another reading, a list, of digits grouped by commas (100,200).
-    """
-
-    latex: str
-    number: Number | None = None
-    percent: bool = False
-    degrees: bool = False
-    unit: Unit | None = None
-    base: int | None = None
-    grouped: tuple[Shape, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Items in brackets: ``( )`` a tuple or an open interval, ``[ ]`` a closed one or a tuple, and the half-open ones."""
-
-    opening: str
-    ending: str
-    items: tuple[Shape, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Many:
-    """Several answers, or a set: without order. ``braces``: it was written as a set."""
-
-    items: tuple[Shape, ...]
-    braces: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Union_:
-    """A union of sets."""
-
-    parts: tuple[Shape, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Relation:
-    """A chain ``a < b <= c``: one operator fewer than sides. ``sides`` are clean spellings."""
-
-    sides: tuple[str, ...]
-    operators: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """``name = value``, where the name is a symbol, a function of symbols, a ratio of names or such."""
-
-    name: str
-    value: Shape
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """A matrix by rows; a column or row vector is one too."""
-
-    rows: tuple[tuple[Shape, ...], ...]
-    latex: str
-
-
-@dataclass(frozen=True, slots=True)
-class Clock:
-    """A time of day or a ratio: the numbers between colons, and am/pm."""
-
-    numbers: tuple[str, ...]
-    half: str = ""
-
-
-Shape = Union[Words, Value, Group, Many, Union_, Relation, Named, Matrix, Clock]
-
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _AND = re.compile(r"(?:,\s*)?(?:\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-z]))")
+_STATED = re.compile(r"\\text\s*\{([^{}]*(?:\b(?:is|are|equals|be)|:))\s*\}\s*(.+)", re.DOTALL)
+_NOT_STATED = re.compile(
+    r"\b(?:not|or|either|maybe|perhaps|possibly|might|could|may|than|except|but|never)\b|n't|\?", re.IGNORECASE
+)
+_SYSTEM = re.compile(
+    r"(?:\\\{)?\s*\\begin\{(cases|aligned|array|gathered)\}(?:\{[lcr|]\})?((?:(?!\\begin|\\end).)*)\\end\{\1\}",
+    re.DOTALL,
+)
 _QUANTIFIER = re.compile(
     r"\\text\s*\{\s*for (?:all|every|each|any)\s*\}\s*[a-z](?:\s*,\s*[a-z])*\s*\\in\s*\\mathbb\s*(?:\{[A-Z]\}|[A-Z])(?:[_^]\{?[+*>0]+\}?)?"
 )
@@ -131,10 +51,10 @@ _MATRIX = re.compile(
     r"(?:\\left)?[(\[]?\s*\\begin\{([pbB]?matrix|array|smallmatrix)\}(?:\{[^{}]*\})?((?:(?!\\end\{).)*)\\end\{\1\}\s*[)\]]?",
     re.DOTALL,
 )
-_BASE = re.compile(
-    r"([0-9A-Fa-f][0-9A-Fa-f ,]*)_\s*(?:\{\s*(?:\\text\{)?\s*([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten)\s*\}?\s*\}|([0-9]{1,2}))"
+_ARC = re.compile(
+    r"([0-9]+)\s*\^\{\\circ\}\s*([0-9]+)\s*(?:'|\^\s*\{?\\prime\}?)(?:\s*([0-9]+)\s*(?:''|\^\s*\{\\prime\s*\\prime\}))?"
 )
-_BASES = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_TERM = re.compile(r"[0-9.]+|[0-9.]*\s*\\(?:sqrt|frac|pi)(?![a-z])[^=<>,]*")
 _CLOCK = re.compile(
     r"([0-9]+(?:\.[0-9]+)?)\s*:\s*([0-9]+(?:\.[0-9]+)?)(?:\s*:\s*([0-9]+(?:\.[0-9]+)?))?\s*(?:\\text\{)?\s*([aApP]\.?\s?[mM]\.?)?\s*\}?"
 )
@@ -145,92 +65,8 @@ _NAME = re.compile(
 )
 _RATIO_NAME = re.compile(r"\\frac\{([^{}]*)\}\{([^{}]*)\}|([^/:]+)[/:]([^/:]+)")
 _QUANTITY = re.compile(r"\s*\|?(?:\\angle\s*)?[A-Z]{1,3}(?:_\{?[0-9A-Za-z]+\}?)?\|?\s*")
-_FUNCTIONS = frozenset(
-    [
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "log",
-        "ln",
-        "lg",
-        "exp",
-        "sqrt",
-        "frac",
-        "arcsin",
-        "arccos",
-        "arctan",
-        "sinh",
-        "cosh",
-        "tanh",
-        "lim",
-        "sum",
-        "int",
-        "prod",
-        "pi",
-        "infty",
-        "pm",
-        "mp",
-        "cdot",
-        "times",
-        "div",
-        "ldots",
-        "dot",
-        "ddot",
-    ]
-)
-_ENGLISH_NUMBERS = {
-    word: str(number)
-    for number, word in enumerate(
-        [
-            "zero",
-            "one",
-            "two",
-            "three",
-            "four",
-            "five",
-            "six",
-            "seven",
-            "eight",
-            "nine",
-            "ten",
-            "eleven",
-            "twelve",
-            "thirteen",
-            "fourteen",
-            "fifteen",
-            "sixteen",
-            "seventeen",
-            "eighteen",
-            "nineteen",
-            "twenty",
-        ]
-    )
-}
 _COMMA_GROUPS = re.compile(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _GROUPED_RUN = re.compile(r"(?<![0-9.,(\[{])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])")
-_MONEY = re.compile(r"(\\?\$|€|£|¥|₹|\\text\{\s*(?:Rs\.?|USD|US\$)\s*\}|Rs\.?|USD|US\\?\$)")
-_TRAILING_TEXT = re.compile(
-    r"^(.*?[0-9a-zA-Z)}\]%!|.])\s*((?:\\text\{[^{}]*\}\s*(?:\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?\s*(?:/|\\cdot)?\s*)+)$",
-    re.DOTALL,
-)
-_TRAILING_WORDS = re.compile(r"^(.*?[0-9}%)])\s*((?:[A-Za-z][A-Za-z.]*[ /-]?)+(?:\s*\^\s*\{?[23]\}?)?)$", re.DOTALL)
-_NOT_A_UNIT = re.compile(
-    r"\b(?:and|or|not|to|but|if|than|else|except|times|plus|minus|nor|is|are|was|were|be|isn|maybe|perhaps|possibly|either"
-    r"|wrong|false|incorrect|impossible|less|more|fewer|greater|least|most|least|unless|instead|likely|unlikely|no|never"
-    r"|mod|choose|which|who|when|where|because|since|so|then|i|it|we|you)\b|(?<![\^{-])[0-9]|(?:\S+\s+){5}",
-    re.IGNORECASE,
-)
-_PERCENT = re.compile(
-    r"\s*(?:\\?%|\\text\{\s*(?:%|percent|percentage|pct|per cent)\.?\s*\}|\s(?:percent|percentage|pct|per cent))$",
-    re.IGNORECASE,
-)
-_GLUED_PERCENT = re.compile(r"(?<=[0-9}])\s*(?:percent|percentage|pct)$", re.IGNORECASE)
-_DEGREE = re.compile(r"\s*(?:\^\{\\circ\}|\\text\{\s*(?:degrees|degree|deg)\.?\s*\}|\s(?:degrees|degree|deg))$")
-_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|log|ln)(?![a-z])")
-_SCALE = re.compile(r"(\^\{\\circ\})\s*(?:\\text\{\s*([CF])\s*\}|([CF]))$")
 
 
 def read(answer: str) -> Shape:
@@ -253,6 +89,11 @@ def _read(text: str, level: int) -> Shape:
         return Words(text)
     if (only := _TEXT.fullmatch(text)) is not None:
         return _words(only[1], level)
+    if (stated := _STATED.fullmatch(text)) and not _NOT_STATED.search(stated[1]):
+        return _read(clean(stated[2]), level + 1)
+    if (system := _SYSTEM.fullmatch(text)) and "&" not in system[2] and r"\text" not in system[2]:
+        lines = [line for line in re.split(r"\\\\(?:\[[^\]]*\])?", system[2]) if line.strip(" \\,;.")]
+        return _many([_read(clean(line), level + 1) for line in lines])
     text = _QUANTIFIER.sub(" ", text).strip()
     stripped = _CONDITION.sub("", text).rstrip(" ,;(")
     if stripped != text.rstrip(" ,;(") and re.search(r"[0-9a-zA-Z]", stripped):
@@ -330,6 +171,8 @@ def _many(items: list[Shape]) -> Shape:
     first = items[0]
     if isinstance(first, Named) and not any(isinstance(item, Named) for item in items[1:]):
         items = [Named(first.name, first.value), *(Named(first.name, item) for item in items[1:])]  # x = 1, 2, 3
+    if (total := _compound(items)) is not None:
+        return total
     flat: list[Shape] = []
     for item in items:
         inner = item.value if isinstance(item, Named) else item
@@ -338,6 +181,22 @@ def _many(items: list[Shape]) -> Shape:
         else:
             flat.append(item)
     return Many(tuple(flat))
+
+
+def _compound(items: list[Shape]) -> Value | None:
+    """2 hours and 30 minutes: one quantity in falling units of one kind."""
+    pairs = [
+        (item.number.value, item.unit)
+        for item in items
+        if isinstance(item, Value) and item.number and item.unit and item.unit.kind
+    ]
+    if len(pairs) != len(items) or len({unit.kind for _, unit in pairs}) != 1 or any(value < 0 for value, _ in pairs):
+        return None
+    factors = [unit.factor for _, unit in pairs]
+    if any(larger <= smaller for larger, smaller in itertools.pairwise(factors)):
+        return None
+    total = sum((value * unit.factor for value, unit in pairs), Fraction(0)) / factors[0]
+    return Value(str(total), Number(total), unit=pairs[0][1])
 
 
 def _unnamed(shape: Shape) -> Shape:
@@ -360,16 +219,23 @@ def _single(text: str, level: int) -> Shape:
         return Named(label[1].strip().casefold(), _read(label[2], level + 1))
     parts = split_at(text, _CUP)
     if len(parts) > 1 and all(part.strip() for part in parts):
-        return Union_(tuple(_read(part, level + 1) for part in parts[::2]))
+        return Unite(tuple(_read(part, level + 1) for part in parts[::2]))
     if (relation := _relation(text, level)) is not None:
         return relation
+    if arc := _ARC.fullmatch(text):
+        degrees, minutes, seconds = (Fraction(part) for part in arc.groups(default="0"))
+        angle = degrees + minutes / 60 + seconds / 3600
+        return Value(str(angle), Number(angle), degrees=True)
+    terms = [term.strip() for term in split(text, ":")]
+    if len(terms) in (2, 3) and "\\" in text and all(_TERM.fullmatch(term) for term in terms):
+        return Clock(tuple(full_fractions(term) for term in terms))
     if clock := _CLOCK.fullmatch(text):
         return Clock(
             tuple(part for part in clock.groups()[:3] if part), re.sub(r"[^apm]", "", (clock[4] or "").lower())
         )
     if re.search(r"\\(?:pm|mp)(?![a-zA-Z])", text):
         return _many([_read(re.sub(r"^\s*\+", "", _signed(text, sign)), level + 1) for sign in "+-"])
-    return _value(text, level)
+    return read_value(text)
 
 
 def _signed(text: str, sign: str) -> str:
@@ -456,6 +322,8 @@ def _relation(text: str, level: int) -> Shape | None:
         else:
             sides, operators = sides[: at + 1], operators[:at]
     if set(operators) == {"="}:
+        if len(sides) == 2 and _is_name(sides[1]) and not _is_name(sides[0]):
+            sides = sides[::-1]
         if _is_name(sides[0]):
             if len(sides) > 2 and any(read_number(full_fractions(side)) for side in sides[1:-1]):
                 return Named(
@@ -489,7 +357,7 @@ def _is_name(text: str) -> bool:
     text = text.strip()
     if _NAME.fullmatch(text):
         words = re.findall(r"[A-Za-z]+", _TEXT.sub("", re.sub(r"_\s*(?:\{[^{}]*\}|\S)", "", text)))
-        return not any(word in _FUNCTIONS for word in words) and not re.fullmatch(r"\\(?:pi|infty)", text)
+        return not any(word in FUNCTIONS for word in words) and not re.fullmatch(r"\\(?:pi|infty)", text)
     if ratio := _RATIO_NAME.fullmatch(full_fractions(text)):
         return all(_QUANTITY.fullmatch(part) for part in ratio.groups() if part)
     return bool(re.fullmatch(r"\\text\{[^{}]*\}(?:\s*_?\s*\{?[a-zA-Z0-9]*\}?)?", text))
@@ -503,66 +371,3 @@ def _words(inner: str, level: int) -> Shape:
     if re.fullmatch(r"\(?[A-Z]\)?", inner):
         return Words(inner.strip("()"))
     return _read(inner, level + 1) if re.search(r",|\band\b|\bor\b", inner) else Words(inner)
-
-
-def _value(text: str, level: int) -> Shape:
-    if re.fullmatch(r"[A-Za-z][A-Za-z' .-]*", text):
-        return Words(text)
-    percent = degrees = False
-    unit: Unit | None = None
-    if (money := _MONEY.match(text)) or ((money := _MONEY.search(text)) and text.endswith(money[0])):
-        rest = text[: money.start()] + text[money.end() :]
-        if re.search(r"[0-9]", rest):
-            text, unit = rest.strip(), read_unit(money[0])
-    elif (signed := re.fullmatch(r"(-)\s*(\\?\$|€|£)\s*(.+)", text)) is not None:
-        text, unit = signed[1] + signed[3], read_unit(signed[2])
-    if scale := _SCALE.search(text):
-        text, unit = text[: scale.start()], read_unit("°" + (scale[2] or scale[3]))
-    elif (sign := _PERCENT.search(text) or _GLUED_PERCENT.search(text)) and text[: sign.start()].strip():
-        text, percent = text[: sign.start()].strip(), True
-    elif (sign := _DEGREE.search(text)) and text[: sign.start()].strip() and not _FUNCTION.search(text):
-        text, degrees = text[: sign.start()].strip(), True
-    elif (
-        (trailing := _TRAILING_TEXT.match(text))
-        and not trailing[1].rstrip().endswith(("_", "^"))
-        and not _NOT_A_UNIT.search(trailing[2])
-    ):
-        text, found = trailing[1].strip(), read_unit(trailing[2])
-        unit = unit if unit and found is None else found
-        if sign := _DEGREE.search(text):
-            text, degrees = text[: sign.start()].strip(), True
-    elif (trailing := _TRAILING_WORDS.match(text)) and _is_unit_text(trailing[1].strip(), trailing[2], text):
-        text, unit = trailing[1].strip(), read_unit(trailing[2])
-    if base := _BASE.fullmatch(text):
-        digits = re.sub(r"[ ,]", "", base[1])
-        stated = base[2] or base[3]
-        return Value(digits, None, base=_BASES.index(stated) + 2 if stated in _BASES else int(stated), unit=unit)
-    text = full_fractions(text)
-    if text.startswith("(") and closing(text, 0) == len(text) - 1 and (inner := read_number(text[1:-1].strip())):
-        return Value(text[1:-1].strip(), inner, percent, degrees, unit)
-    if r"\text" in text and not re.search(r"[0-9_]", text):
-        return Words(_TEXT.sub(r" \1 ", text))
-    return Value(text, read_number(text), percent, degrees, unit)
-
-
-def english_number(word: str) -> str | None:
-    """The digits of an English number up to twenty."""
-    return _ENGLISH_NUMBERS.get(word)
-
-
-def _is_unit_text(value: str, words: str, whole: str) -> bool:
-    """Whether letters behind a value are a unit, and not factors: known units, or English words behind a number."""
-    words = words.strip()
-    if _NOT_A_UNIT.search(words):
-        return False
-    number = read_number(full_fractions(value)) is not None
-    first = re.split(r"[ /^]", words)[0]
-    if re.fullmatch(r"[A-Za-z]", words):
-        return number and words in LETTERS and re.search(r"\s[A-Za-z]$", whole) is not None
-    if re.fullmatch(r"m\s*\^\s*\{?[23]\}?", words):
-        return number
-    if first in _FUNCTIONS or words in _FUNCTIONS:
-        return False
-    if is_known(re.split(r"\s*\^|(?<=[a-z])[23]$", words)[0]) or is_known(first) or ("/" in words and number):
-        return True
-    return number and (len(first) >= 3 or first in ("sq", "cu"))
