@@ -238,6 +238,56 @@ def more_than_that(gold: str, _: random.Random) -> Iterator[Case]:
         yield "answer", rf"{text} x", gold
 
 
+HEDGES = (
+    r"{gold} \text{{ or }} {other}",
+    r"{other} \text{{ or }} {gold}",
+    r"{gold}; {other}",
+    r"{gold} \lor {other}",
+    r"{gold} \to {other}",
+    r"{gold} \implies {other}",
+    r"{other} = {gold}",
+    r"{gold} \ne {other}",
+    r"{gold} \approx {other}",
+    r"{gold} \quad {other}",
+    r"{gold} \pm {other}",
+    r"({gold}, {other})",
+    r"{gold} \text{{ (or }} {other} \text{{)}}",
+    r"\text{{not }} {gold}",
+    r"{gold} \text{{ is wrong}}",
+    r"\cancel{{{gold}}} {other}",
+    r"\text{{between }} {gold} \text{{ and }} {other}",
+    r"{gold} \text{{ to }} {other}",
+    r"\text{{at least }} {gold}",
+    r"\text{{minus }} {gold}",
+    r"{gold} \text{{ million}}",
+    r"{gold} \text{{ if }} x > 0",
+    r"{gold} \text{{ or more}}",
+    r"x = {gold}, {other}",
+    r"x = {other} = {gold}",
+    r"\geq {gold}",
+)
+"""Answers that hold the gold one and say something else."""
+
+
+def hedged(gold: str, rng: random.Random) -> Iterator[Case]:
+    text = bare(gold)
+    if value(text):
+        for hedge in rng.sample(HEDGES, 6):
+            said = hedge.format(gold=text, other="123456")
+            yield "answer", said, gold
+            yield "response", rf"Hence $\boxed{{{said}}}$.", gold
+
+
+def just_off(gold: str, _: random.Random) -> Iterator[Case]:
+    text = bare(gold)
+    if value(text):
+        yield "answer", rf"{text} + \frac{{1}}{{10^{{12}}}}", gold
+        yield "answer", rf"{text} - \frac{{1}}{{2^{{100}}}}", gold
+        if text.isdigit():
+            yield "answer", f"{text}.0000000001", gold
+            yield "answer", rf"{text} \cdot 10^{{40}} + 1", rf"{text} \cdot 10^{{40}}"
+
+
 KEEP: dict[str, Callable[[str, random.Random], Iterator[Case]]] = {
     law.__name__: law
     for law in (wrapped, boxed, as_last_words, left_right, fraction_style, spacing, plain_fraction, reordered)
@@ -253,6 +303,8 @@ TURN: dict[str, Callable[[str, random.Random], Iterator[Case]]] = {
         one_left_out,
         one_added,
         more_than_that,
+        hedged,
+        just_off,
     )
 }
 
