@@ -146,3 +146,12 @@ def test_a_row_of_another_layout_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "m.jsonl", [{"id": "a", "text": "p", "answer": "x"}])
     with pytest.raises(DataError, match=r"line 1.*'problem'"):
         load(f"math500={path}")
+
+
+def test_the_documented_table_is_the_table() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    lines = {line.split("`")[1]: line for line in text.split("## Benchmarks")[1].splitlines() if line.startswith("| `")}
+    assert list(lines) == list(TABLE)
+    for name, entry in TABLE.items():
+        for value in (entry.hub, entry.subset, entry.rows, entry.copy_rows, (entry.revision or "")[:10], entry.checked):
+            assert str(value or "") in lines[name]

@@ -84,6 +84,10 @@ def evaluate(
     command goes on where an interrupted one stopped, and ends with the same
     results.json. docs/evaluation.md says how to read the numbers.
 
+    Benchmarks by name: zoo, aime24, aime25, amc23, math500, minerva,
+    olympiadbench, gsm8k, humaneval, livecodebench, codeforces. Any other
+    NAME=PATH is your own: columns problem and answer.
+
     Parameters
     ----------
     out
@@ -91,16 +95,13 @@ def evaluate(
     model
         A Hugging Face folder, a hub id, zoo:student or zoo:teacher.
     responses
-        A file of responses to judge without any model: rows with prediction and answer, perhaps
-        problem_id (samples of one problem share it), id, problem, tolerance, finish_reason, tokens.
+        A file of responses to judge without any model: rows with prediction, answer and perhaps problem_id.
     benchmark
-        NAME, or NAME=PATH for a file; may be repeated. Names: zoo, aime24, aime25, amc23, math500, minerva,
-        olympiadbench, gsm8k, humaneval, livecodebench, codeforces; any other NAME=PATH is your own.
+        NAME, or NAME=PATH for a file or hf:OWNER/NAME; may be repeated.
     map_
         OURS=THEIRS: a column of the responses that has another name; may be repeated.
     preset
-        paper: 32 samples, temperature 0.6, top-p 0.95, top-k 20, 32768 tokens, repetition penalty 1.08
-        for Qwen3-1.7B-Base. Options win over it.
+        paper: n 32, temperature 0.6, top-p 0.95, top-k 20, 32768 tokens. Options win over it.
     n
         Samples a problem. Default 8.
     temperature
@@ -122,8 +123,7 @@ def evaluate(
     system
         A system message.
     suffix
-        Appended to each problem. Default: a request for the final answer in a box, or for one block of
-        code; nothing for the zoo and for chat messages.
+        Appended to each problem. Default: a request for a boxed answer, or for a block of code.
     chat
         NAME=VALUE for the chat template, such as enable_thinking=false; may be repeated.
     stop_token_id
