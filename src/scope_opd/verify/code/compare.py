@@ -4,8 +4,8 @@ Printed text (``stdio``): white space at both ends of the output and of each lin
 it separates two tokens; line breaks between do. Two tokens are equal as texts or as decimal numbers (``1.0`` is ``1``,
 ``5e1`` is ``50``), which is LiveCodeBench's rule. Upper and lower case differ.
 
-Returned values (``functional``): equal as Python compares JSON values (``1`` is ``1.0`` is ``true``), a tuple as a list.
-A set, or any other type that JSON lacks, is never right.
+Returned values (``functional``): equal as Python compares JSON values (``1`` is ``1.0`` is ``true``), a tuple as a
+list. A set, or any other type that JSON lacks, is never right.
 
 With a tolerance a number may differ by ``absolute`` or ``relative`` x |expected|, in both, but only where the expected
 one is not whole as it is written (``0.5``, ``1e-3``; in values a float): a count is right or wrong.
@@ -49,7 +49,7 @@ def _same_line(wanted: list[str], found: list[str], tolerance: Tolerance | None)
 
 
 def _same_number(left: str, right: str, tolerance: Tolerance | None) -> bool:
-    if max(len(left), len(right)) > _NUMBER_LENGTH:
+    if max(len(left), len(right)) > _NUMBER_LENGTH or "_" in left + right:  # Decimal reads 1_0 as 10
         return False
     try:
         wanted, found = Decimal(left), Decimal(right)
@@ -72,7 +72,7 @@ def same_value(expected: Any, tree: Any, tolerance: Tolerance | None = None) -> 
         if len(tree) != 1:
             return False
         ((tag, body),) = tree.items()
-        if tag == "t":
+        if tag == "t" and isinstance(body, list):
             tree = body
         elif tag == "d":
             return isinstance(expected, dict) and _same_pairs(expected, body, tolerance)
@@ -93,7 +93,7 @@ def same_value(expected: Any, tree: Any, tolerance: Tolerance | None = None) -> 
         return False
     if expected == tree or expected is tree:
         return True
-    if tolerance is None or not isinstance(expected, float) or not isinstance(tree, int | float):
+    if tolerance is None or not isinstance(expected, float) or type(tree) not in (int, float):
         return False
     try:
         return _near(float(expected), float(tree), tolerance)

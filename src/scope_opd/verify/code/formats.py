@@ -3,7 +3,7 @@
     {"format": "humaneval", "prompt": ..., "test": "def check(candidate): ...", "entry_point": "name"}
     {"format": "stdio", "tests": [{"input": "3 4\\n", "output": "7\\n"}, ...], "tolerance": 1e-6}
     {"format": "functional", "fn_name": "add", "tests": [{"args": [3, 4], "output": 7}, ...]}
-    {"format": "functional", "tests": [{"input": "[1, 2]\\n5", "output": "3", "fn_name": "add"}]}   one JSON value a line
+    {"format": "functional", "tests": [{"input": "[1, 2]\\n5", "output": "3", "fn_name": "add"}]}   a JSON value a line
     {"format": "functional", "tests": [{"check": "def check(candidate): ...\\n\\ncheck(Solution().add)"}]}
 
 ``fn_name`` stands in the answer or in each test. It is a function, or a method of ``class Solution`` where the solution

@@ -24,7 +24,7 @@ from scope_opd.verify.code.preamble import names_for
 from scope_opd.verify.sandbox import driver
 from scope_opd.verify.sandbox.driver import NotPlainError, decode, read_json
 from scope_opd.verify.sandbox.limits import CodeLimits
-from scope_opd.verify.sandbox.process import Sandbox, SandboxFailure, Stopped, error_of
+from scope_opd.verify.sandbox.process import Ended, Sandbox, SandboxFailure, Stopped, error_of
 
 TEST_IMPORTS = ("typing", "math", "random", "copy")
 """What most check code and most prompts import: loaded once for all checks of a sandbox."""
@@ -67,7 +67,7 @@ def run_tests(task: Task, pieces: list[str], limits: CodeLimits, rooms: Rooms) -
 
     try:
         if isinstance(task, CheckTask):
-            for place, test in enumerate(task.tests, 1):  # noqa: B007 - the handler below reads it
+            for place, test in enumerate(task.tests, 1):
                 with rooms.solution() as solution, rooms.tests() as tests:
                     reason = _check(task, test, pieces, solution, tests, deadline)
                 if reason is not None:
@@ -102,10 +102,13 @@ def _check(
         "call_check": task.call_check,
         "names": names_for(test) if contest else [],
     }
-    tests.send(driver.CHECK, order, until)
     _load(solution, pieces, until, contest=contest, process=False)
-    while True:
+    try:
+        tests.send(driver.CHECK, order, until)
         kind, payload = tests.receive(until, watched=(solution,))
+    except Ended as ended:  # it forks each check: its own end says nothing about the program
+        raise SandboxFailure(f"for the tests: {ended}") from None
+    while True:
         if kind == driver.PASSED:
             return None
         if kind == driver.FAILED:
@@ -119,6 +122,7 @@ def _check(
         if kind not in (driver.VALUE, driver.ERROR, driver.REFUSED):
             raise Stopped("the program wrote over its pipe")
         tests.forward(kind, payload, until)
+        kind, payload = tests.receive(until, watched=(solution,))
 
 
 def _load(solution: Sandbox, pieces: list[str], until: float, *, contest: bool, process: bool) -> None:

@@ -176,7 +176,9 @@ def _from_columns(tests: Mapping[str, Any], fn_name: str | None) -> dict[str, An
             raise ValueError(f"input {place} is {_shown(args)}; expected a list of arguments")
         # APPS wraps most outputs into a list of one, and its grader accepts either reading.
         readings = [output, *(output if isinstance(output, list) and len(output) == 1 else [])]
-        calls.append({"args": [_int_keys(arg) for arg in args], "output_any_of": [_int_keys(each) for each in readings]})
+        calls.append(
+            {"args": [_int_keys(arg) for arg in args], "output_any_of": [_int_keys(each) for each in readings]}
+        )
     return {"format": "functional", "fn_name": name, "tests": calls}
 
 

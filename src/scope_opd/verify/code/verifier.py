@@ -4,10 +4,10 @@ Each solution runs in a sandbox of its own (``verify.sandbox``), check code of t
 output, an error, a broken limit, no program: incorrect, with the first test that failed and why. No verdict only where
 the sandbox itself failed, twice.
 
-Not covered: what the sandbox does not cover (``verify.sandbox.bubblewrap``); packages beside the standard library; other
-languages than Python; problems with a special judge. A program that recognises the public tests of a data set and
-answers them from a table passes. Time limits are wall time: on a machine with more to do than cores a slow program may
-fail where it would otherwise just pass.
+Not covered: what the sandbox does not cover (``verify.sandbox.bubblewrap``); packages beside the standard library;
+other languages than Python; problems with a special judge. A program that recognises the public tests of a data set
+and answers them from a table passes. Time limits are wall time: on a machine with more to do than cores a slow program
+may fail where it would otherwise just pass.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class CodeVerifier:
         """End what is running; a second call does nothing."""
         self._rooms.kill_all()
         self._threads.shutdown(wait=True, cancel_futures=True)
-        self._rooms.close()
+        self._rooms.end_idle()
 
     def _submit(self, prediction: str, answer: Mapping[str, Any], form: str) -> Future[Verdict]:
         try:
@@ -109,12 +109,14 @@ class CodeVerifier:
                 reason = run_tests(task, pieces, self.limits, self._rooms)
             except SandboxFailure as failure:
                 trouble = f"no verdict: the sandbox failed ({failure})"
+                self._rooms.end_idle()
                 continue
             if self._rooms.closed:
                 return Verdict(None, None, code, "no verdict: the verifier was closed")
             passed = f"passed {len(task.tests)} test{'s' if len(task.tests) > 1 else ''}"
             return Verdict(reason is None, float(reason is None), code, passed if reason is None else reason)
         return Verdict(None, None, code, trouble)
+
 
 class _Rooms:
     """Sandboxes in use, and those for check code that wait for the next check."""
@@ -153,9 +155,11 @@ class _Rooms:
             for sandbox in self._alive:
                 sandbox.kill()
 
-    def close(self) -> None:
-        while self._idle:
-            self._end(self._idle.pop())
+    def end_idle(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for sandbox in idle:
+            self._end(sandbox)
 
     def _start(self, imports: Sequence[str]) -> Sandbox:
         with self._lock:  # so that none starts unseen while all are being ended

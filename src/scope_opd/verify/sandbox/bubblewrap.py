@@ -2,8 +2,9 @@
 
 Inside there are: the C library's folders, the interpreter and its standard library (without site-packages), all
 read-only; four devices (null, zero, random, urandom); a temporary folder of bounded size, the only place that can be
-written; nothing of ``/etc`` but the loader's cache, no ``/proc``, no ``/home``, no ``/root``. No network, an own process
-namespace in which the driver is the first process (when it ends the kernel ends every other one), an empty environment.
+written; nothing of ``/etc`` but the loader's cache, no ``/proc``, no ``/home``, no ``/root``. No network, an own
+process namespace in which the driver is the first process (when it ends the kernel ends every other one), an empty
+environment.
 
 The interpreter may lie in a folder that only its owner may enter (``/root/.pyenv``). That decides who drops privileges
 when: run by root, bubblewrap binds the folders as root, keeps nothing but the right to change the user, and the driver

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 try:  # the C halves of json: the module itself costs as much start-up as the whole interpreter
     from _json import encode_basestring_ascii, make_scanner
 except ImportError:  # pragma: no cover - not CPython
-    from json.encoder import encode_basestring_ascii  # type: ignore[no-redef]
+    from json.encoder import encode_basestring_ascii
     from json.scanner import make_scanner  # type: ignore[no-redef,attr-defined,unused-ignore]
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 MAX_DEPTH = 60
 """Nesting of a value at most: deeper ones are refused rather than risk the stack of whoever reads them."""
 MAX_DIGITS = 40
-"""Characters of a number in a frame at most; longer whole numbers travel in hexadecimal, which is read in linear time."""
+"""Characters of a number in a frame at most; longer whole numbers travel in hexadecimal, read in linear time."""
 MAX_MESSAGE = 300
 """Characters of an error message at most."""
 RECURSION_LIMIT = 50_000
@@ -318,7 +318,7 @@ class Driver:
     # -- the part of the tests ---------------------------------------------------------------------------------------
 
     def check_apart(self, order: dict[str, Any]) -> None:
-        """``check`` in a forked process that speaks over our pipe while we wait, and READY when nothing of it is left."""
+        """``check`` in a forked process that speaks over our pipe while we wait; READY when nothing of it is left."""
         child = fork()
         if isinstance(child, str):
             self.send_value(TROUBLE, child)
@@ -576,6 +576,14 @@ def enter(settings: dict[str, Any]) -> None:
         if 0 in (*os.getresuid(), *os.getresgid()):
             raise PermissionError("still root")
     sys.set_int_max_str_digits(0)
+    import builtins
+
+    for name in ("exit", "quit"):  # what the site module would have added, and many programs end with
+        setattr(builtins, name, _leave)
+
+
+def _leave(status: Any = None) -> NoReturn:
+    raise SystemExit(status)
 
 
 def main() -> NoReturn:

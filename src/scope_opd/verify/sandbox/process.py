@@ -41,6 +41,10 @@ class Stopped(Exception):
     """The program broke a limit or ended; the message says which way."""
 
 
+class Ended(Stopped):
+    """The sandbox's first process ended."""
+
+
 class Sandbox:
     """A running sandbox; a context manager that ends it. Use it from one thread; ``kill`` may come from another.
 
@@ -89,7 +93,8 @@ class Sandbox:
         finally:
             for descriptor in passed:
                 os.close(descriptor)
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.to, self.back = self.process.stdin.fileno(), self.process.stdout.fileno()
         os.set_blocking(self.to, False)
         os.set_blocking(self.back, False)
@@ -164,7 +169,7 @@ class Sandbox:
             except BlockingIOError:
                 continue
             except BrokenPipeError:
-                raise Stopped(self._end()) from None
+                raise Ended(self._end()) from None
 
     def receive(self, deadline: float, watched: Iterable[Sandbox] = ()) -> tuple[bytes, bytes]:
         """The next frame as (kind, payload).
@@ -202,7 +207,7 @@ class Sandbox:
             except BlockingIOError:
                 continue
             if not part:
-                raise Stopped(self._end())
+                raise Ended(self._end())
             self.buffer += part
 
     def resident_bytes(self) -> int:
