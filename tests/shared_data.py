@@ -27,4 +27,5 @@ def data_file(name: str) -> Path:
 
 def data_rows(name: str) -> list[dict[str, Any]]:
     """The rows of a JSONL file."""
-    return [json.loads(line) for line in data_file(name).read_text(encoding="utf-8").splitlines()]
+    with data_file(name).open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]

@@ -18,7 +18,7 @@ import torch
 from scope_opd.errors import RunFailed, RunFolderError
 from scope_opd.records import iter_jsonl
 from scope_opd.train import RunInterrupted, train
-from scope_opd.train.resume import refuse_other_config
+from scope_opd.train.resume import refuse_other_config, refuse_other_data
 from scope_opd.train.runfolder import PHASES, RunFolder
 from scope_opd.train.signals import Interrupted
 from train_kit import fake_evaluator, lasting, make_config, make_engines, same_weights, weights_of
@@ -379,3 +379,12 @@ def test_two_processes_do_not_share_a_run_folder(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.communicate(timeout=60)
+
+
+def test_a_run_does_not_go_on_with_other_data_under_the_same_name(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"data": {"train": {"sha256": "aa", "revision": None}}}))
+    refuse_other_data(tmp_path, {"train": {"source": "t.jsonl", "sha256": "aa", "revision": None}})
+    with pytest.raises(RunFolderError, match=r"data\.train = 't\.jsonl' has the sha256 bb, at the run's start aa"):
+        refuse_other_data(tmp_path, {"train": {"source": "t.jsonl", "sha256": "bb", "revision": None}})
+    (tmp_path / "run.json").write_text("{}")  # written before data sets were recorded
+    refuse_other_data(tmp_path, {"train": {"source": "t.jsonl", "sha256": "bb"}})

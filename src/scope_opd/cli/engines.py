@@ -166,6 +166,7 @@ def build_engines(config: Config) -> Built:
     if eval_prompts:
         judge = eval_sampler(config, student, tokenizer, autocast)
         evaluator = build_evaluator(config, judge, verifier, eval_prompts, ends, distinct_key)
+    about = {"train": data.about()} | ({"eval": held_out_data.about()} if held_out_data else {})
     engines = Engines(
         model=student,
         tokenizer=tokenizer,
@@ -183,8 +184,8 @@ def build_engines(config: Config) -> Built:
         reference=frozen_reference(config, student, autocast) if config.objective.reference_kl > 0 else None,
         evaluator=evaluator,
         weights_use_tau=paths_weighted_by_perplexity(method),
+        data=about,
     )
-    about = {"train": data.about()} | ({"eval": held_out_data.about()} if held_out_data else {})
     return Built(engines, method, train_prompts, eval_prompts, verifier, about, warnings)
 
 

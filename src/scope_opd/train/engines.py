@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -121,6 +121,7 @@ class Engines:
         weights_use_tau: the paths ("student", "teacher") on which the method weights rollouts by
             perplexity ** (1 / tau): only there does the alarm ``uniform_weights`` ("tau does nothing here") mean
             anything.
+        data: which data sets these prompts are, by "train" and "eval", as plain values; kept in run.json.
     """
 
     model: PreTrainedModel
@@ -134,6 +135,7 @@ class Engines:
     reference: TokenFunction | None = None
     evaluator: Evaluator | None = None
     weights_use_tau: frozenset[str] = frozenset()
+    data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

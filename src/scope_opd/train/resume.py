@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,25 @@ def refuse_other_config(config: Config, saved: dict[str, Any], step: int) -> Non
         raise RunFolderError(
             f"train.steps = {config.train.steps} but the run has done {step}", f"at least {step}", "raise train.steps"
         )
+
+
+def refuse_other_data(folder: Path, data: Mapping[str, Mapping[str, Any]]) -> None:
+    """A resumed run goes on with the very problems it began with, even where their file kept its name.
+
+    Raises:
+        RunFolderError: the bytes of a data file, or the commit of a hub data set, are not those of run.json.
+    """
+    before = _object(folder / "run.json").get("data")
+    for name, found in data.items():
+        known = before.get(name) if isinstance(before, dict) else None
+        for key in ("sha256", "revision"):
+            was, now = (known or {}).get(key), found.get(key)
+            if was is not None and now != was:
+                raise RunFolderError(
+                    f"data.{name} = {found.get('source')!r} has the {key} {now}, at the run's start {was}",
+                    "the same data",
+                    f"put it back, or {_NEW_RUN}",
+                )
 
 
 def refuse_to_start_over(folder: Path, config: Config, damage: Sequence[str]) -> None:

@@ -39,7 +39,7 @@ from scope_opd.train.export import export_model
 from scope_opd.train.metrics import rollout_rows, step_metrics
 from scope_opd.train.optim import lr_at
 from scope_opd.train.progress import Display, open_display
-from scope_opd.train.resume import refuse_other_config, refuse_to_start_over
+from scope_opd.train.resume import refuse_other_config, refuse_other_data, refuse_to_start_over
 from scope_opd.train.runfolder import RunFolder
 from scope_opd.train.signals import Interrupted, RunInterrupted, Signals
 from scope_opd.train.step import Learner, Outcome
@@ -117,6 +117,8 @@ class Session:
             refuse_other_config(config, found.trainer["config"], found.step)
         elif self._resume:
             refuse_to_start_over(folder.path, config, damage)
+        if self._resume:
+            refuse_other_data(folder.path, self.engines.data)
         folder.cut(found.trainer["offsets"] if found is not None else {})
         first = self.engines.schedule.batch(0)
         folder.begin(
@@ -129,6 +131,7 @@ class Session:
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
                 "device": str(self.learner.device),
+                "data": self.engines.data,
                 "first_prompt": first[0].text if first else "",
             },
             run_id=found.trainer["run_id"] if found is not None else None,
