@@ -15,8 +15,8 @@ import pytest
 from scope_opd.errors import ScopeError
 from scope_opd.verify.sandbox import driver
 from scope_opd.verify.sandbox.bubblewrap import Launcher
-from scope_opd.verify.sandbox.driver import decode, read_json
 from scope_opd.verify.sandbox.limits import CodeLimits
+from scope_opd.verify.sandbox.plain import decode, read_json
 from scope_opd.verify.sandbox.process import Sandbox
 
 LIMITS = CodeLimits(timeout_s=5, memory_mb=256, disk_mb=8, output_mb=2)

@@ -19,7 +19,7 @@ from scope_opd.verify.code.extract import answer_part, completion_of, last_block
 from scope_opd.verify.code.formats import CallTask, CheckTask, StdioTask, parse_code_answer
 from scope_opd.verify.code.preamble import names_for
 from scope_opd.verify.code.verifier import program
-from scope_opd.verify.sandbox.driver import encode, read_json
+from scope_opd.verify.sandbox.plain import encode, read_json
 from shared_data import data_rows
 
 HUMANEVAL = {

@@ -92,7 +92,8 @@ def test_graders_rows_come_out_as_expected(verifier: CodeVerifier) -> None:
         ("import threading\nthreading.Thread(target=lambda: print(sum(map(int, input().split())))).start()",
          STDIO, "passed 3 tests"),
         ("import atexit, io, os, sys\nout = io.StringIO()\n"
-         "atexit.register(lambda: os.write(1, out.getvalue().encode()))\nout.write(str(sum(map(int, input().split()))))", STDIO, "passed 3 tests"),
+         "atexit.register(lambda: os.write(1, out.getvalue().encode()))\n"
+         "out.write(str(sum(map(int, input().split()))))", STDIO, "passed 3 tests"),
         ("def depth(n):\n    return 0 if n == 0 else 1 + depth(n - 1)\ndepth(20000)\n"
          "print(sum(map(int, input().split())))", STDIO, "passed 3 tests"),
         ("print(1)", STDIO, "test 2 of 3: wrong output: line 1: expected '2', found '1'"),

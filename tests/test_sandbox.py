@@ -15,8 +15,8 @@ from code_kit import LIMITS, Inside, need_sandbox, processes_of
 from scope_opd.errors import ScopeError
 from scope_opd.verify.sandbox import bubblewrap, driver
 from scope_opd.verify.sandbox.bubblewrap import Launcher
-from scope_opd.verify.sandbox.driver import NotPlainError, decode, encode, read_json
 from scope_opd.verify.sandbox.limits import CodeLimits
+from scope_opd.verify.sandbox.plain import MAX_MESSAGE, NotPlainError, decode, encode, message_of, read_json
 from scope_opd.verify.sandbox.process import Sandbox, Stopped
 from scope_opd.verify.sandbox.seccomp import filter_program
 
@@ -522,8 +522,8 @@ def test_an_error_message_is_short_whatever_the_exception_does() -> None:
         def __str__(self) -> str:
             raise RuntimeError
 
-    assert driver.message_of(Bad()) == ["Bad", ""]
-    assert len(driver.message_of(ValueError("x" * 10**6))[1]) <= driver.MAX_MESSAGE
+    assert message_of(Bad()) == ["Bad", ""]
+    assert len(message_of(ValueError("x" * 10**6))[1]) <= MAX_MESSAGE
 
 
 def test_without_a_sandbox_the_protocol_is_the_same() -> None:

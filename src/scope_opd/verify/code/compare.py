@@ -21,7 +21,7 @@ from decimal import Decimal, DecimalException
 from typing import Any
 
 from scope_opd.gold import Tolerance
-from scope_opd.verify.sandbox.driver import NotPlainError, decode
+from scope_opd.verify.sandbox.plain import NotPlainError, decode
 
 SHOWN = 60
 """Characters of a value in a reason at most."""

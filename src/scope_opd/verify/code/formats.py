@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scope_opd.gold import Tolerance, check_code_answer, parse_tolerance
-from scope_opd.verify.sandbox.driver import NotPlainError, encode
+from scope_opd.verify.sandbox.plain import NotPlainError, encode
 
 _CHECKED = re.compile(r"\bcheck\(\s*(Solution\(\)\s*\.\s*)?([A-Za-z_]\w*)\s*\)\s*\Z")
 _CHECK_DEFINED = re.compile(r"^def\s+check\s*\(", re.MULTILINE)

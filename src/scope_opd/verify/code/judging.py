@@ -22,8 +22,8 @@ from scope_opd.verify.code.compare import same_value, shown, text_difference
 from scope_opd.verify.code.formats import CallTask, CheckTask, StdioTask, Task
 from scope_opd.verify.code.preamble import names_for
 from scope_opd.verify.sandbox import driver
-from scope_opd.verify.sandbox.driver import NotPlainError, decode, read_json
 from scope_opd.verify.sandbox.limits import CodeLimits
+from scope_opd.verify.sandbox.plain import MAX_MESSAGE, NotPlainError, decode, read_json
 from scope_opd.verify.sandbox.process import Ended, Sandbox, SandboxFailure, Stopped, error_of
 
 TEST_IMPORTS = ("typing", "math", "random", "copy")
@@ -168,7 +168,7 @@ def _run(task: StdioTask, place: int, solution: Sandbox, until: float) -> str | 
         raise Stopped("output limit")
     if status:
         how = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
-        return f"{complaint[-driver.MAX_MESSAGE :]}" if complaint and status > 0 else how
+        return f"{complaint[-MAX_MESSAGE:]}" if complaint and status > 0 else how
     difference = text_difference(expected, printed.decode("utf-8", "replace"), task.tolerance)
     return None if difference is None else f"wrong output: {difference}"
 

@@ -1,4 +1,5 @@
 """Running programs that nobody has read: bubblewrap around a small driver, and only plain data across the pipes.
 
-``driver`` runs inside, ``bubblewrap`` and ``seccomp`` build the wall, ``process`` holds one sandbox from outside.
+``driver``, ``plain`` and ``processes`` run inside; ``bubblewrap`` and ``seccomp`` build the wall; ``process`` holds one
+sandbox from outside.
 """

@@ -31,7 +31,7 @@ from functools import cache
 from pathlib import Path
 
 from scope_opd.errors import ScopeError
-from scope_opd.verify.sandbox import driver
+from scope_opd.verify.sandbox import driver, plain, processes
 from scope_opd.verify.sandbox.limits import CodeLimits
 from scope_opd.verify.sandbox.seccomp import filter_program
 
@@ -46,9 +46,11 @@ FIRST_USER = 0x70000000
 PYTHON_FLAGS = ("-S", "-s", "-P", "-X", "utf8")  # not -I: it would ignore PYTHONHASHSEED
 ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # the order of a set is part of what a program prints
 BOOT = (
-    "import marshal,os\nn=int(os.read(0,8));b=b''\n"
+    "import marshal,os,sys\nn=int(os.read(0,8));b=b''\n"
     "while len(b)<n:b+=os.read(0,n-len(b))\n"
-    "exec(marshal.loads(b),{'__name__':'<sandbox>'})"
+    "for name,code in marshal.loads(b):\n"
+    "    module=sys.modules[name]=type(sys)(name);exec(code,module.__dict__)\n"
+    "module.main()"
 )
 
 
@@ -138,9 +140,12 @@ class Launcher:
 
 @cache
 def boot_blob() -> bytes:
-    """The driver, compiled, with its length in front: what ``BOOT`` reads."""
-    source = Path(driver.__file__).read_text(encoding="utf-8")
-    code = marshal.dumps(compile(source, "<driver>", "exec", optimize=2))
+    """What runs inside, compiled, with its length in front: what ``BOOT`` reads."""
+    modules = []
+    for module in (plain, processes, driver):
+        source = Path(str(module.__file__)).read_text(encoding="utf-8")
+        modules.append((module.__name__, compile(source, f"<{module.__name__}>", "exec", optimize=2)))
+    code = marshal.dumps(modules)
     return b"%08d" % len(code) + code
 
 

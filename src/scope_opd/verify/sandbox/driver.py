@@ -1,8 +1,8 @@
 """What runs inside a sandbox: executes programs, calls their functions, and speaks plain data over two pipes.
 
-This one file is compiled by the parent and sent through the pipe, so that nothing of the project is visible inside; it
-may import the standard library alone, and as little of it as it can (every import is paid once a program). The parent
-imports ``encode``, ``decode`` and ``read_json`` from here, so that both ends share one notion of plain data.
+This file, ``plain`` and ``processes`` are compiled by the parent and sent through the pipe, so that nothing of the
+project is visible inside; they may import the standard library alone, and as little of it as they can: every import is
+paid once a program.
 
 A frame is a length (4 bytes, big-endian), a kind (1 byte) and a payload. A driver plays one of two parts:
 
@@ -14,8 +14,7 @@ Nothing that a solution could write over its pipe is a verdict: it can answer ca
 any way it likes. Whether an answer is right is decided where the solution does not run.
 
 Not covered here: everything that confines this process comes from outside (``bubblewrap``) or is set up before the
-first foreign line runs (``enter``). Objects other than plain data do not cross: a function that returns a generator, a
-class instance or a numpy array fails its test.
+first foreign line runs (``enter``).
 """
 
 from __future__ import annotations
@@ -24,27 +23,15 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-try:  # the C halves of json: the module itself costs as much start-up as the whole interpreter
-    from _json import encode_basestring_ascii, make_scanner
-except ImportError:  # pragma: no cover - not CPython
-    from json.encoder import encode_basestring_ascii
-    from json.scanner import make_scanner  # type: ignore[no-redef,attr-defined,unused-ignore]
+from scope_opd.verify.sandbox.plain import decode, encode, message_of, read_json
+from scope_opd.verify.sandbox.processes import end_the_rest, fork, run_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
-MAX_DEPTH = 60
-"""Nesting of a value at most: deeper ones are refused rather than risk the stack of whoever reads them."""
-MAX_DIGITS = 40
-"""Characters of a number in a frame at most; longer whole numbers travel in hexadecimal, read in linear time."""
-MAX_MESSAGE = 300
-"""Characters of an error message at most."""
 RECURSION_LIMIT = 50_000
 """For programs of contests, as LiveCodeBench's runner sets it; HumanEval's keep the interpreter's own."""
-FORK_ATTEMPTS = 50
-"""Tries to start a program, 10 ms apart, before the sandbox itself is called broken."""
-PIPE_CHUNK = 1 << 16
 
 # Kinds of frames. To a driver:
 ENTER, LOAD, CALL, RUN, CHECK = b"n", b"l", b"c", b"r", b"k"
@@ -52,164 +39,6 @@ ENTER, LOAD, CALL, RUN, CHECK = b"n", b"l", b"c", b"r", b"k"
 READY, LOADED, VALUE, ERROR, REFUSED, OUTPUT, ENDED, PASSED, FAILED, TROUBLE = (
     b"R", b"L", b"V", b"E", b"X", b"O", b"D", b"P", b"F", b"S",
 )  # fmt: skip
-
-
-class NotPlainError(Exception):
-    """A value that may not cross a pipe, or a frame that is not one of ours."""
-
-
-# -- plain data ------------------------------------------------------------------------------------------------------
-
-
-def encode(value: Any, depth: int = 0) -> str:
-    """Plain data as JSON text. What JSON lacks is an object of one tagged member: ``{"t": [1, 2]}`` is a tuple.
-
-    Subclasses (``defaultdict``, a named tuple, an ``IntEnum``) cross as what they subclass.
-
-    Raises:
-        NotPlainError: another type, or nesting beyond ``MAX_DEPTH``.
-    """
-    if value is None:
-        return "null"
-    if value is True:
-        return "true"
-    if value is False:
-        return "false"
-    if depth > MAX_DEPTH:
-        raise NotPlainError(f"a value nested more than {MAX_DEPTH} deep")
-    if isinstance(value, str):
-        return encode_basestring_ascii(str.__str__(value))
-    if isinstance(value, int):
-        number = int.__index__(value)
-        return int.__repr__(number) if -(1 << 63) <= number < 1 << 63 else f'{{"i": "{number:x}"}}'
-    if isinstance(value, float):
-        text = float.__repr__(value)
-        return f'{{"f": "{text}"}}' if text in ("nan", "inf", "-inf") else text
-    if isinstance(value, list):
-        return _sequence(value, depth)
-    if isinstance(value, tuple):
-        return f'{{"t": {_sequence(value, depth)}}}'
-    if isinstance(value, dict):
-        pairs = [f"[{encode(key, depth + 1)}, {encode(item, depth + 1)}]" for key, item in dict.items(value)]
-        return f'{{"d": [{", ".join(pairs)}]}}'
-    if isinstance(value, frozenset):
-        return f'{{"z": {_sequence(value, depth)}}}'
-    if isinstance(value, set):
-        return f'{{"s": {_sequence(value, depth)}}}'
-    if isinstance(value, complex):
-        return f'{{"c": [{encode(value.real)}, {encode(value.imag)}]}}'
-    if isinstance(value, bytes):
-        return f'{{"b": "{bytes.hex(value)}"}}'
-    raise NotPlainError(f"a value of type {type(value).__name__}")
-
-
-def _sequence(values: Any, depth: int) -> str:
-    return f"[{', '.join([encode(item, depth + 1) for item in values])}]"
-
-
-def _short_int(text: str) -> int:
-    if len(text) > MAX_DIGITS:
-        raise NotPlainError("a number of too many digits")
-    return int(text)
-
-
-def _short_float(text: str) -> float:
-    if len(text) > MAX_DIGITS:
-        raise NotPlainError("a number of too many digits")
-    return float(text)
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise NotPlainError(f"{text} in a frame")
-
-
-class _Scanner:
-    strict = True
-    object_hook = None
-    object_pairs_hook = None
-    parse_int = staticmethod(_short_int)
-    parse_float = staticmethod(_short_float)
-    parse_constant = staticmethod(_no_constant)
-    memo: dict[str, str] = {}  # noqa: RUF012 - read by json's pure Python scanner alone
-
-
-_scan = make_scanner(_Scanner())  # type: ignore[arg-type,unused-ignore]
-
-
-def read_json(payload: bytes) -> Any:
-    """The JSON tree of a payload, tags unread: lists, objects, texts, short numbers.
-
-    Raises:
-        NotPlainError: not such a tree.
-    """
-    try:
-        text = payload.decode("ascii")
-        tree, end = _scan(text, 0)
-    except NotPlainError:
-        raise
-    except (ValueError, StopIteration, RecursionError):
-        raise NotPlainError("a frame that is not JSON") from None
-    if end != len(text):
-        raise NotPlainError("a frame that is not JSON")
-    return tree
-
-
-def decode(tree: Any, depth: int = 0) -> Any:
-    """The value that ``encode`` wrote, from its JSON tree; only built-in types come out.
-
-    Raises:
-        NotPlainError: an unknown tag, a key that cannot be hashed, nesting beyond ``MAX_DEPTH``.
-    """
-    if depth > MAX_DEPTH:
-        raise NotPlainError(f"a value nested more than {MAX_DEPTH} deep")
-    if isinstance(tree, list):
-        return [decode(item, depth + 1) for item in tree]
-    if not isinstance(tree, dict):
-        return tree
-    if len(tree) != 1:
-        raise NotPlainError("an object that is no tagged value")
-    ((tag, body),) = tree.items()
-    try:
-        if tag == "i":
-            return int(body, 16)
-        if tag == "f":
-            return float(body) if body in ("nan", "inf", "-inf") else _no_constant(body)
-        if tag == "b":
-            return bytes.fromhex(body)
-        if tag == "c":
-            real, imaginary = (decode(part) for part in body)
-            return complex(real, imaginary)
-        if tag == "d":
-            return {decode(key, depth + 1): decode(item, depth + 1) for key, item in body}
-        if tag in ("t", "s", "z"):
-            return {"t": tuple, "s": set, "z": frozenset}[tag]([decode(item, depth + 1) for item in body])
-    except (ValueError, TypeError):
-        raise NotPlainError(f"a broken value with the tag {tag!r}") from None
-    raise NotPlainError(f"an unknown tag {tag!r}")
-
-
-def message_of(error: BaseException) -> list[str]:
-    """``[type, message]`` of an exception, short, whatever its ``__str__`` does."""
-    try:
-        text = str(error)
-    except BaseException:
-        text = ""
-    line = _line_of(error)
-    where = f" (line {line})" if line else ""
-    return [str(type(error).__name__)[:80], " ".join(text[: MAX_MESSAGE * 2].split())[:MAX_MESSAGE] + where]
-
-
-def _line_of(error: BaseException) -> int | None:
-    """The line of the innermost frame that belongs to foreign code."""
-    line, trace = None, error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename in ("<solution>", "<tests>"):
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return line
-
-
-# -- the driver ------------------------------------------------------------------------------------------------------
 
 
 class Driver:
@@ -328,7 +157,7 @@ class Driver:
             self.check(order)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        _end_the_rest(child)
+        end_the_rest(child)
         if status:
             self.send_value(FAILED, ["", f"the tests ended with status {status}"])
         self.send(READY)
@@ -432,133 +261,6 @@ def find(namespace: dict[str, Any], name: str) -> Callable[..., Any]:
     return namespace[attribute]
 
 
-# -- a program as a process ------------------------------------------------------------------------------------------
-
-
-def fork() -> int | str:
-    """``os.fork``, tried for a while; what kept it from starting a process where it cannot."""
-    import time
-
-    for _ in range(FORK_ATTEMPTS):
-        try:
-            return os.fork()
-        except OSError as error:
-            why = error.strerror
-            time.sleep(0.01)
-    return f"no process could be started ({why})"
-
-
-def run_process(body: Callable[[], int], data: bytes, max_output: int) -> tuple[bytes, bytes, int, bool] | str:
-    """Run ``body`` in a forked child with ``data`` as its standard input.
-
-    Returns:
-        Its output (at most ``max_output`` bytes), the end of its error output, the exit status (negative: the signal)
-        and whether it printed too much; or what kept the sandbox from starting it.
-    """
-    import select
-
-    pipes = [os.pipe() for _ in range(3)]
-    (in_read, in_write), (out_read, out_write), (err_read, err_write) = pipes
-    child = fork()
-    if isinstance(child, str):
-        return child
-    if child == 0:
-        try:
-            os.setsid()
-            for target, descriptor in ((0, in_read), (1, out_write), (2, err_write)):
-                os.dup2(descriptor, target)
-            os.closerange(3, 1024)  # the pipes to the parent too: a program's process has no way to speak to it
-            status = body()
-        except BaseException:
-            status = 1
-        os._exit(status)
-    for descriptor in (in_read, out_write, err_write):
-        os.close(descriptor)
-    for descriptor in (in_write, out_read, err_read):
-        os.set_blocking(descriptor, False)
-    try:
-        return _converse(select, child, (in_write, out_read, err_read), data, max_output)
-    finally:
-        for descriptor in (out_read, err_read):
-            os.close(descriptor)
-
-
-def _converse(
-    select: Any, child: int, pipes: tuple[int, int, int], data: bytes, max_output: int
-) -> tuple[bytes, bytes, int, bool]:
-    in_write, out_read, err_read = pipes
-    out, err, rest = bytearray(), bytearray(), memoryview(data)
-    poll = select.poll()
-    for descriptor, event in ((in_write, select.POLLOUT), (out_read, select.POLLIN), (err_read, select.POLLIN)):
-        poll.register(descriptor, event)
-    try:
-        ended = os.pidfd_open(child)
-        poll.register(ended, select.POLLIN)
-    except (AttributeError, OSError):  # before Linux 5.3
-        ended = None
-    feeding, status = True, None
-    while status is None and len(out) <= max_output:
-        for descriptor, _ in poll.poll(None if ended is not None else 5):
-            if descriptor == in_write:
-                try:
-                    rest = rest[os.write(in_write, rest[:PIPE_CHUNK]) :] if rest else rest
-                except BlockingIOError:
-                    pass
-                except OSError:  # the program does not read all of its input
-                    rest = rest[:0]
-                if not rest:
-                    poll.unregister(in_write)
-                    os.close(in_write)
-                    feeding = False
-            elif descriptor in (out_read, err_read) and not _take(descriptor, out if descriptor == out_read else err):
-                poll.unregister(descriptor)
-            del err[:-2000]
-        done, code = os.waitpid(child, os.WNOHANG)
-        status = os.waitstatus_to_exitcode(code) if done else None
-    if status is None:
-        os.kill(child, 9)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    _end_the_rest(child)
-    while len(out) <= max_output and _take(out_read, out):
-        pass
-    while len(err) < 4000 and _take(err_read, err):
-        pass
-    for descriptor in ([in_write] if feeding else []) + ([ended] if ended is not None else []):
-        os.close(descriptor)
-    return bytes(out[:max_output]), bytes(err[-2000:]), status, len(out) > max_output
-
-
-def _take(descriptor: int, into: bytearray) -> bool:
-    """Read what is there; False at the end of the pipe or when there is nothing."""
-    try:
-        part = os.read(descriptor, PIPE_CHUNK)
-    except BlockingIOError:
-        return False
-    into += part
-    return bool(part)
-
-
-def _end_the_rest(child: int) -> None:
-    """End what a process that has ended left behind, in its session at least."""
-    import signal
-
-    try:
-        if os.getpid() == 1:  # the sandbox's own process namespace: everything in it but us
-            os.kill(-1, signal.SIGKILL)
-        else:
-            os.killpg(child, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    while os.getpid() == 1:  # whatever it started is ours to reap
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            break
-
-
-# -- entering --------------------------------------------------------------------------------------------------------
-
-
 def enter(settings: dict[str, Any]) -> None:
     """Limits first, then the unprivileged user: from here on neither can be undone."""
     import resource
@@ -605,7 +307,3 @@ def main() -> NoReturn:
     driver.send(READY)
     driver.serve()
     os._exit(0)
-
-
-if __name__ == "<sandbox>":
-    main()

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from scope_opd.verify.sandbox import driver
-from scope_opd.verify.sandbox.driver import NotPlainError, encode, read_json
+from scope_opd.verify.sandbox.plain import NotPlainError, encode, read_json
 
 if TYPE_CHECKING:
     from scope_opd.verify.sandbox.bubblewrap import Launcher
