@@ -24,7 +24,7 @@ def results(counts: dict[str, list[int]], **sampling: Any) -> dict[str, Any]:
         "settings": {"source": {"model": "m"}, "sampling": {"n": N, "temperature": 0.6, **sampling}},
         "benchmarks": {
             name: {
-                "data": {"sha256": f"hash-{name}", "revision": None, "partial": False},
+                "data": {"content_sha256": f"hash-{name}", "partial": False},
                 "metrics": {"n": N},
                 "problems": [{"id": f"{name}-{i}", "n": N, "correct": c} for i, c in enumerate(each)],
             }
@@ -98,13 +98,13 @@ def test_the_command_writes_tables_and_curves_and_warns_of_other_settings(
 ) -> None:
     warm = json.loads((three[2] / "results.json").read_text())
     warm["settings"]["sampling"]["temperature"] = 1.0
-    warm["benchmarks"]["amc"]["data"]["sha256"] = "other"
+    warm["benchmarks"]["amc"]["data"]["content_sha256"] = "other"
     (three[2] / "results.json").write_text(json.dumps(warm))
     paths = [str(three[0]), str(three[1] / "results.json"), str(three[2])]
     assert main(["compare", *paths, "--out", str(tmp_path / "out")]) == 0
     output = capsys.readouterr()
     assert "sampling.temperature differs: 0.6 (base), 1.0 (other)" in output.err
-    assert 'amc: data sha256 differs: "hash-amc" (base), "other" (other)' in output.err
+    assert 'amc: data content_sha256 differs: "hash-amc" (base), "other" (other)' in output.err
     assert "macro" in output.out
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert list(found["benchmarks"]) == ["aime", "amc", "macro"]

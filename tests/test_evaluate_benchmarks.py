@@ -148,6 +148,19 @@ def test_a_row_of_another_layout_is_named(tmp_path: Path) -> None:
         load(f"math500={path}")
 
 
+def test_the_hub_s_layout_has_the_content_of_the_local_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("hub").mkdir()
+    write(tmp_path / "hub" / "test.jsonl", [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(272)])
+    copy = [{"id": f"row-{i + 1:06d}", "problem": f"{i}+1?", "answer": str(i + 1)} for i in range(272)]
+    hub, local = load("minerva=hf:./hub?split=test"), load(f"minerva={write(tmp_path / 'copy.jsonl', copy)}")
+    assert hub.data["content_sha256"] == local.data["content_sha256"]
+    assert (hub.data["sha256"], hub.data["source"]) == (None, "hf:./hub?split=test")
+    write(tmp_path / "hub" / "test.jsonl", [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(200)])
+    with pytest.raises(DataError, match="200 rows; expected the 272"):
+        load("minerva=hf:./hub?split=test")
+
+
 def test_the_documented_table_is_the_table() -> None:
     text = (Path(__file__).resolve().parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
     lines = {line.split("`")[1]: line for line in text.split("## Benchmarks")[1].splitlines() if line.startswith("| `")}

@@ -338,7 +338,7 @@ def _record_run(store: Any, meter: Any, began: float) -> None:
 
 
 def _from_responses(path: Path, mapped: Sequence[str], config: Config) -> Prepared:
-    from scope_opd.evaluate.loading import file_sha256
+    from scope_opd.evaluate.loading import content_sha256, file_sha256
     from scope_opd.evaluate.responses import StoredSampler, parse_map, read_responses
     from scope_opd.evaluate.session import Task
     from scope_opd.types import SamplingParams
@@ -363,7 +363,14 @@ def _from_responses(path: Path, mapped: Sequence[str], config: Config) -> Prepar
         "verifier": verify_options(config.verify),
     }
     rows = sum(counts.values())
-    data = {"source": str(path), "sha256": sha256, "revision": None, "rows": len(found.prompts), "partial": False}
+    data = {
+        "source": str(path),
+        "sha256": sha256,
+        "revision": None,
+        "content_sha256": content_sha256((prompt.id, prompt.problem, prompt.answer) for prompt in found.prompts),
+        "rows": len(found.prompts),
+        "partial": False,
+    }
     lines = [f"{rows} responses to {len(found.prompts)} problems"]
     if not found.grouped:
         lines.append("note: no problem_id, so each row is a problem of its own (--map problem_id=COLUMN names it)")

@@ -94,7 +94,7 @@ def from_model(config: Config, names: Sequence[str], *, suffix: str | None, pres
         },
         "benchmarks": {
             each.benchmark.name: {
-                **{key: each.data[key] for key in ("source", "sha256", "revision")},
+                **{key: each.data[key] for key in ("source", "sha256", "revision", "content_sha256")},
                 "problems": len(each.rows),
                 "suffix": _suffix(each, suffix),
                 "max_tokens": task.params.max_tokens,

@@ -105,7 +105,7 @@ def warnings(evaluations: Sequence[Evaluation], names: Sequence[str]) -> list[st
         for name in names:
             a, b = (each.results["benchmarks"][name] for each in (base, other))
             pairs.append((f"{name}: samples a problem", a["metrics"]["n"], b["metrics"]["n"]))
-            for key in ("sha256", "revision", "partial"):
+            for key in ("content_sha256", "partial"):
                 pairs += [(f"{name}: data {key}", a["data"].get(key), b["data"].get(key))]
             left, right = ((each.get("benchmarks") or {}).get(name) or {} for each in (ours, theirs))
             for key in ("max_tokens", "suffix"):

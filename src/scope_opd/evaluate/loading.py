@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ class Loaded:
 
     Attributes:
         rows: those to evaluate.
-        data: source, sha256, revision, rows, left_out (rows that cannot be judged), partial.
+        data: source, sha256 (of a file), revision (of a hub data set), content_sha256 (of ids, problems and gold
+            answers, however they are stored), rows, expected_rows, left_out (rows that cannot be judged), partial.
     """
 
     benchmark: Benchmark
@@ -100,6 +102,7 @@ def load_benchmark(benchmark: Benchmark, place: str | None, *, problems: int | N
         )
     taken = rows[:problems]
     partial = len(taken) < len(rows)
+    data["content_sha256"] = content_sha256((row.id, row.problem, row.answer) for row in taken)
     data |= {"rows": found, "expected_rows": expected, "left_out": len(left_out), "partial": partial}
     return Loaded(benchmark, taken, data)
 
@@ -123,6 +126,14 @@ def _adapted(
             left_out.append(place)
         else:
             yield place, adapted
+
+
+def content_sha256(problems: Iterable[tuple[str, str, Any]]) -> str:
+    """Of (id, problem, gold answer) triples in order, in hexadecimal."""
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(json.dumps(problem, sort_keys=True, ensure_ascii=True).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:
