@@ -1,6 +1,9 @@
-"""Evaluation: drawing and judging held-out samples (run.py) and the statistics of their counts (metrics.py).
+"""Evaluation: what is drawn and judged (run, session, responses), kept (store), counted and compared.
 
-Not covered: benchmarks by name, stored responses, servers. Nothing here imports torch.
+Benchmarks by name stand in ``benchmarks`` (rows by ``adapters``, reading by ``loading``); figures in ``metrics`` and
+``intervals``; results.json in ``results`` and ``tables``; comparisons in ``compare`` and ``plots``.
+
+Not covered: engines, which arrive as Protocols; servers. Nothing here imports torch.
 """
 
 from scope_opd.evaluate.metrics import (
