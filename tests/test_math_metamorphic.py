@@ -223,7 +223,7 @@ def one_left_out(gold: str, _: random.Random) -> Iterator[Case]:
 def one_added(gold: str, _: random.Random) -> Iterator[Case]:
     text = bare(gold)
     if value(text) is not None:
-        yield "answer", rf"{text}, {text}1", gold
+        yield "answer", rf"{text}, 123456", gold
         yield "answer", rf"{text} \text{{ or }} 123456", gold
         yield "response", rf"\boxed{{123456}}, \boxed{{{text}}}", gold
         yield "response", rf"\boxed{{{text}}}. No, that is wrong: \boxed{{123456}}", gold
