@@ -7,10 +7,11 @@ a gold answer, labelled; from the tests of other projects) and verifier/gsm8k_mo
 
 math-verify alone gets every chance: a pair counts as equal if it is under any of four readings (the gold answer as it
 stands or between dollars, the prediction as it stands or in a box). For speed it runs one reading (dollars, box), in
-this process, with its own time limits. ``plain`` are numbers in boxes, judged here; ``latex`` are pairs that need a
-worker, drawn once. Both run in turn with the peer, and medians are compared: answers a second of wall time, and CPU
-time an answer, which a busy machine distorts less. Prints one JSON line: ``ratio`` is math-verify / ours in CPU time a
-LaTeX answer, above 1 when ours needs less; ``bombs.worst`` is CPU time / limit.
+this process, with its own time limits. ``plain`` are numbers in boxes, judged here; ``latex`` are the pairs that need
+a worker, split over the repeats so that no answer is seen twice. Both run in turn with the peer and medians are
+compared: answers a second of wall time, and CPU time an answer, which a busy machine distorts less. Prints one JSON
+line: ``ratio`` is math-verify / ours in CPU time a LaTeX answer, above 1 when ours needs less; ``bombs.worst`` is CPU
+time / limit.
 """
 
 from __future__ import annotations
@@ -37,8 +38,6 @@ from scope_opd.verify.math.fast import judge_fast
 from scope_opd.verify.math.settings import MathSettings
 from scope_opd.verify.math_verifier import MathVerifier
 
-LATEX = 250
-"""LaTeX answers timed: math-verify alone needs seconds for some."""
 RESPONSE, ANSWER = MathSettings(), MathSettings(form="answer")
 NESTED = r"\frac{1}{" * 600 + "2" + "}" * 600
 BOMBS = [
@@ -167,14 +166,20 @@ def main() -> None:
         for row in pairs
         if judge_fast(row["prediction"], parse_math_gold(row["gold"]), None, settings_of(row)) is None
     ]
-    latex, few = draw.sample(latex, min(LATEX, len(latex))), plain[:200]
+    draw.shuffle(latex)
+    few, part = plain[:200], len(latex) // options.repeats
+    verifier.close()
+    verifier = MathVerifier(workers=options.workers)  # one that has not seen the answers
+    for future in [verifier.submit(r"\boxed{x+1}", "1+x") for _ in range(50)]:
+        future.result()
     figures: dict[str, list[float]] = {}
-    for _ in range(options.repeats):
+    for number in range(options.repeats):
+        fresh = latex[number * part : (number + 1) * part]
         for name, count, work in (
             ("plain_ours", len(plain), lambda: ours(verifier, plain)),
             ("plain_math_verify", len(few), lambda: [alone(row, "one") for row in few]),
-            ("latex_ours", len(latex), lambda: ours(verifier, latex)),
-            ("latex_math_verify", len(latex), lambda: [alone(row, "one") for row in latex]),
+            ("latex_ours", part, lambda fresh=fresh: ours(verifier, fresh)),
+            ("latex_math_verify", part, lambda fresh=fresh: [alone(row, "one") for row in fresh]),
         ):
             before = cpu_of_workers(verifier) + time.process_time()
             figures.setdefault(name, []).append(rate(count, work))
@@ -182,7 +187,7 @@ def main() -> None:
             figures.setdefault(f"{name}_cpu_ms", []).append(1000 * used / count)
     verifier.close()
     median = {name: round(statistics.median(values), 3) for name, values in figures.items()}
-    for kind, count in (("plain", len(plain)), ("latex", len(latex))):
+    for kind, count in (("plain", len(plain)), ("latex", part)):
         result[kind] = {
             "answers": count,
             "per_s": median[f"{kind}_ours"],
