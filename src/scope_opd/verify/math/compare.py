@@ -59,14 +59,19 @@ def same(found: Shape, gold: Shape, context: Context) -> bool:
         return _same_clock(found, gold, context)
     if isinstance(gold, Group) and isinstance(found, Group):
         return _same_group(found, gold, context)
+    if (isinstance(gold, Words) and isinstance(found, Many)) or (isinstance(found, Words) and isinstance(gold, Many)):
+        return _same_letters(found, gold)
     if isinstance(gold, Matrix) or isinstance(found, Matrix):
         return _same_matrix(found, gold, context)
     if isinstance(gold, Relation) and isinstance(found, Relation):
         return same_relation(found, gold, context) or same_sets(found, gold, context)
     if isinstance(gold, Relation) and isinstance(found, Value | Words):
-        return answers_equation(gold, found, context)
+        return answers_equation(gold, found, context) or same_sets(found, gold, context)
     if isinstance(found, Relation) and isinstance(gold, Value | Words):
-        return answers_equation(found, gold, context, found_is_relation=True)
+        return answers_equation(found, gold, context, found_is_relation=True) or same_sets(found, gold, context)
+    if isinstance(found, Many) and not found.braces and isinstance(gold, Value | Words) and found.items:
+        if all(same(item, gold, context) for item in found.items):
+            return True  # 5 or 5.0
     if (isinstance(gold, Many) and isinstance(found, Group)) or (isinstance(found, Many) and isinstance(gold, Group)):
         return _same_list_and_tuple(found, gold, context) or same_sets(found, gold, context)
     if isinstance(gold, Value) and gold.grouped and isinstance(found, Many):
@@ -80,11 +85,23 @@ def same(found: Shape, gold: Shape, context: Context) -> bool:
     return same_sets(found, gold, context)
 
 
+def _same_letters(found: Shape, gold: Shape) -> bool:
+    """ABD for A, B, D: several choices written together."""
+    words, many = (found, gold) if isinstance(found, Words) else (gold, found)
+    if not isinstance(words, Words) or not isinstance(many, Many):
+        return False
+    letters = [item.text.strip("() ") for item in many.items if isinstance(item, Words)]
+    together = re.fullmatch(r"[A-H]{2,8}", words.text.strip()) and "".join(sorted(set(words.text.strip())))
+    return len(letters) == len(many.items) and together == words.text.strip() and sorted(letters) == list(together)
+
+
 def _same_many(found: Many, gold: Many, context: Context) -> bool:
     if len(found.items) > MAX_PAIRS or len(gold.items) > MAX_PAIRS:
         return len(found.items) == len(gold.items) and all(
             map(lambda a, b: squeezed_shape(a) == squeezed_shape(b), found.items, gold.items)
         )
+    if {found.joint, gold.joint} == {"and", "or"} and any(isinstance(item, Relation) for item in gold.items):
+        return same_sets(found, gold, context)
     ordered = _order(found.items, gold.items)
     if ordered is not None:
         return (
@@ -200,6 +217,8 @@ def _same_matrix(found: Shape, gold: Shape, context: Context) -> bool:
 def _rows(shape: Shape) -> list[list[Shape]] | None:
     if isinstance(shape, Matrix):
         return [list(row) for row in shape.rows]
+    if isinstance(shape, Group) and all(isinstance(i, Group) and i.opening + i.ending == "[]" for i in shape.items):
+        return [list(row.items) for row in shape.items if isinstance(row, Group)]
     if isinstance(shape, Group) and shape.opening + shape.ending in ("()", "[]"):
         return [[item] for item in shape.items]
     return None

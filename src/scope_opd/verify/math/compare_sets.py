@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 from scope_opd.verify.math import symbolic
 from scope_opd.verify.math.compare_values import Context
@@ -131,6 +132,12 @@ def answers_equation(relation: Relation, other: Shape, context: Context, *, foun
     """``a = b = value`` against ``value``: a true computation, or an expression that the problem asks for."""
     if set(relation.operators) != {"="}:
         return False
+    if not found_is_relation and len(relation.sides) == 2:
+        unknown = symbolic.symbols_of(relation.sides[0]) | symbolic.symbols_of(relation.sides[1])
+        rest = unknown - symbolic.symbols_of(latex_of(other) or "0")
+        if len(unknown) == 2 and len(rest) == 1:  # an expression in x, for an equation in x and y: y = expression
+            sides = (next(iter(rest)), latex_of(other))
+            return symbolic.proportional(sides, (relation.sides[0], relation.sides[1]))
     *before, last = relation.sides
     side = read(last)
     if not (same(side, other, context) if found_is_relation else same(other, side, context)):
@@ -154,6 +161,8 @@ class Piece:
     high_open: bool
 
 
+ANY = r"\square"
+"""The variable of an inequality that names none."""
 _WHOLE = Piece("-" + r"\infty", True, r"\infty", True)
 
 
@@ -164,9 +173,42 @@ def set_like(shape: Shape) -> bool:
 
 
 def same_sets(found: Shape, gold: Shape, context: Context) -> bool:
-    left, right = _pieces(found), _pieces(gold)
-    if not left or not right or len(left) != len(right):
+    """Two sets of reals: interval by interval, else as sets if all their ends are numbers."""
+    if not (is_set(found) or is_set(gold)):
         return False
+    if any(isinstance(side, Many) and not side.braces and not is_set(side) for side in (found, gold)):
+        return False
+    variables = _set_variables(found), _set_variables(gold)
+    if variables[0] and variables[1] and variables[0] != variables[1]:
+        return False
+    left, right = _pieces(found), _pieces(gold)
+    if left and right and len(left) == len(right) and _same_pieces(left, right, context):
+        return True
+    sets = real_set(found), real_set(gold)
+    return None not in sets and bool(sets[0] == sets[1]) and not sets[0].is_empty
+
+
+def is_set(shape: Shape) -> bool:
+    """Whether a shape can only be a set of reals: a list of pairs, and a pair, may be points."""
+    if isinstance(shape, Many):
+        parts = [item for item in shape.items if not isinstance(item, Named)]
+        return not shape.braces and any(is_set(item) for item in parts) and all(set_like(item) for item in parts)
+    if isinstance(shape, Group) and len(shape.items) == 2:
+        infinite = any(isinstance(item, Value) and item.latex.lstrip("+-") == r"\infty" for item in shape.items)
+        return infinite or (shape.opening, shape.ending) in (("[", ")"), ("(", "]"))
+    return isinstance(shape, Relation | Unite)
+
+
+def _set_variables(shape: Shape) -> frozenset[str]:
+    """The variables of the inequalities in a shape."""
+    if isinstance(shape, Many):
+        return frozenset().union(*map(_set_variables, shape.items))
+    if isinstance(shape, Relation):
+        return frozenset(side.strip() for side in shape.sides if _is_variable(side) and side.strip() != ANY)
+    return frozenset()
+
+
+def _same_pieces(left: list[Piece], right: list[Piece], context: Context) -> bool:
     rest = list(right)
     for piece in left:
         for at, other in enumerate(rest):
@@ -207,8 +249,12 @@ def _pieces(shape: Shape) -> list[Piece] | None:
         return [Piece(point, False, point, False)] if point else None
     parts: tuple[Shape, ...] = ()
     if isinstance(shape, Unite):
+        if shape.operation != "union":
+            return None
         parts = shape.parts
     elif isinstance(shape, Many):
+        if shape.joint != "or" and any(isinstance(item, Relation) for item in shape.items):
+            return None  # "x > 1 and x < 5": left to the sets
         if shape.braces or not any(isinstance(item, Relation | Group | Unite) for item in shape.items):
             points = [latex_of(item) for item in shape.items]
             return [Piece(point, False, point, False) for point in points] if all(points) and shape.braces else None
@@ -220,6 +266,40 @@ def _pieces(shape: Shape) -> list[Piece] | None:
             return None
         pieces += inner
     return pieces or None
+
+
+def real_set(shape: Shape) -> Any:
+    """The sympy set of reals that a shape stands for; None if it is none, or has ends that are not numbers."""
+    from sympy import Complement, Intersection, Union
+
+    if isinstance(shape, Unite) or (isinstance(shape, Many) and not shape.braces and len(shape.items) > 1):
+        parts = [real_set(part) for part in (shape.parts if isinstance(shape, Unite) else shape.items)]
+        if any(part is None for part in parts):
+            return None
+        if isinstance(shape, Unite):
+            operations = {"union": Union, "intersection": Intersection, "difference": Complement}
+            return operations[shape.operation](*parts)
+        common = Intersection(*parts) if shape.joint != "or" else None
+        if common is None or (common.is_empty and shape.joint == ","):
+            return Union(*parts)
+        return common
+    pieces = _pieces(shape)
+    if not pieces or isinstance(shape, Named):
+        return None
+    intervals = [_interval(piece) for piece in pieces]
+    return None if any(interval is None for interval in intervals) else Union(*intervals)
+
+
+def _interval(piece: Piece) -> Any:
+    from sympy import Interval
+
+    ends = [symbolic.parse(end) for end in (piece.low, piece.high)]
+    if any(end is None or not hasattr(end, "doit") or end.free_symbols for end in ends):
+        return None
+    low, high = (end.doit() for end in ends)
+    if low.is_extended_real is not True or high.is_extended_real is not True:
+        return None
+    return Interval(low, high, piece.low_open, piece.high_open)
 
 
 def _without(points: list[str]) -> list[Piece]:
@@ -267,7 +347,7 @@ def _pieces_of_absolute(relation: Relation) -> list[Piece] | None:
 
 
 def _is_variable(text: str) -> bool:
-    return (
+    return text.strip() == ANY or (
         re.fullmatch(
             r"\s*(?:[A-Za-z]|\\(?:theta|alpha|beta|lambda|mu|rho|phi|omega))(?:_\{?\w\}?)?\s*(?:\([a-z]\))?", text
         )

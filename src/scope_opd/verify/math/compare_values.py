@@ -175,11 +175,13 @@ def same_words(found: str, gold: str) -> bool:
     plain = left.replace(" ", ""), right.replace(" ", "")
     if plain[0] == plain[1] or (plain[0] in _INFINITE and plain[1] in _INFINITE):
         return True
+    if left in ("yes", "no", "true", "false"):
+        found, gold, left, right = gold, found, right, left
     if right in ("yes", "no", "true", "false"):
         opposite = {"yes": "no", "no": "yes", "true": "false", "false": "true"}[right]
         head = re.match(r"\s*([A-Za-z]+)\s*[,.;:]", found)
         return bool(head) and head[1].casefold() == right and opposite not in left.split() and "not" not in left.split()
-    if len(plain[0]) <= 3 and len(plain[1]) <= 3:
+    if max(map(len, plain)) <= 3 and plain[0] == found.strip() and plain[1] == gold.strip():  # products: xy, yx
         return symbolic.same_formula(found, gold, None, (None, None), Fraction(1))
     return False
 

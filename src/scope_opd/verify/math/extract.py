@@ -34,14 +34,14 @@ _WORD = r"(?:\\text\{[^{}]{0,30}\}|[A-Za-z]{1,20})"
 _BETWEEN = re.compile(
     r"(?:[\s.,;:$&]|\\[\[\]()]|\\\\|\\[,;:! ]|\\q?quad|\*\*|\\left|\\right)*"
     rf"(?:\s{_WORD}\s*(?=,|\\?\$?\s*and))?[\s,;$]*"
-    r"(?:(?:and|or|\\text\{[^{}]{0,40}(?:\band|\bor|,)\s*\}|\\(?:land|lor|vee|cup))(?![a-z]))?"
+    r"(?:(?:(?:and|or)(?![a-z])|\\text\{[^{}]{0,40}(?:\band|\bor|,)\s*\}|\\(?:land|lor|vee|cup)(?![a-z])))?"
     r"(?:[\s.,;:$&]|\\[\[\]()]|\\\\|\\[,;:! ]|\\q?quad|\*\*)*"
     r"(?:[A-Za-z](?:_\{?[0-9a-zA-Z]{1,3}\}?)?(?:\([a-zA-Z0-9]\))?\s*=\s*\$?\s*)?"
 )
 _ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _MARKER = re.compile(
     r"(?:^|(?<=[\s*_.]))####\s*|(?:^|\n)[ \t>*#_-]*(?:A|Ans)[*_]*\s*[:：][ \t*_]*"
-    r"|\b(?:final\s+)?answer[*_]*(?:\s+to\s+[^.\n]{1,60}?)?(?:\s+(?:is|was|would\s+be|should\s+be|equals|must\s+be))?"
+    r"|\b(?:final\s+)?(?:answer|(?:correct|right)\s+(?:option|choice))[*_]*(?:\s+to\s+[^.\n]{1,60}?)?(?:\s+(?:is|was|would\s+be|should\s+be|equals|must\s+be))?"
     r"(?:(?<=is)|(?<=was)|(?<=be)|(?<=equals)|(?=[*_]*\s*[:：=]))[*_]*\s*[:：=]?[ \t*_]*(?:\n[ \t]*(?=\S))?",
     re.IGNORECASE,
 )
@@ -268,6 +268,7 @@ def sentence_core(text: str) -> str | None:
     outside = _FORMULA.sub(" ", stripped)
     if (
         r"\text" in outside
+        or re.match(r"(?:yes|no|true|false)\b", stripped, re.IGNORECASE)
         or re.search(r"[0-9$]\s*[,;]\s+[A-Za-z]", stripped)
         or len(re.findall(r"(?<![\\A-Za-z])(?!and\b|or\b)[A-Za-z]{2,}", outside)) < 2
     ):

@@ -9,6 +9,7 @@ Not covered: a limit of time (``workers`` has one); paraphrases and misspellings
 
 from __future__ import annotations
 
+import math
 import re
 from functools import lru_cache
 
@@ -26,6 +27,9 @@ from scope_opd.verify.math.symbolic import TooHard, check_size, parse, too_large
 from scope_opd.verify.math.text import clean, squeezed
 from scope_opd.verify.math.units import Unit, read_unit
 
+_PREFIXED = re.compile(r"(?:\\text\{\s*)?\(\s*[A-J]\s*\)\s*\}?\s*(.+)", re.DOTALL)
+UNEXPECTED = (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
+"""What sympy raises on formulas that it was not made for: no verdict, and the reason says so."""
 _ASKED = re.compile(
     r"(?:in|how many|number of|to the nearest(?: \w+)?)\s+(?:\$?\\(?:text|mathrm)\{\s*)?"
     r"((?:square |cubic )?(?:centi|milli|kilo)?(?:meters?|metres?|grams?|liters?|litres?)|(?:square |cubic )?(?:inches|inch|feet|foot|yards?|miles?)"
@@ -55,11 +59,14 @@ def judge(prediction: str, gold: MathGold, problem: str | None, settings: MathSe
         return early or Verdict(correct=False, reward=0.0, reason=str(found))
     if (quick := decide(found, gold, settings)) is not None:
         return quick
+    from sympy.core.random import seed
+
+    seed(0)  # sympy draws numbers to test for equality
     try:
         reason = _wrong(found, gold, problem or "", settings)
     except TooHard as error:
         return Verdict(correct=None, reward=None, extracted=found.text, reason=str(error))
-    except (MemoryError, RecursionError) as error:
+    except (MemoryError, RecursionError, *UNEXPECTED) as error:
         return Verdict(correct=None, reward=None, extracted=found.text, reason=f"{type(error).__name__} while judging")
     return Verdict(correct=reason is None, reward=float(reason is None), extracted=found.text, reason=reason or CORRECT)
 
@@ -82,6 +89,13 @@ def _wrong(found: Extracted, gold: MathGold, problem: str, settings: MathSetting
                     return None
                 reason = verdict
                 continue
+            if letter is not None and answer is not None:  # a gold answer such as "(C) 12" without its problem
+                if _chosen(answer, letter[0], {letter[0]: letter[1]}, context) is None:
+                    return None
+                continue
+            prefixed = _PREFIXED.fullmatch(clean(answer)) if answer is not None and not listed else None
+            if prefixed and same(read(prefixed[1]), _gold_shape(parts), context):
+                return None  # "(C) 12" for 12
             if answer is not None and listed and (named := letter_of(answer)) and named[0] in listed:
                 text = listed[named[0]]
                 consistent = not named[1] or same(read(named[1]), read(text), context)
@@ -164,6 +178,9 @@ def _copied(answer: str, alternative: tuple[str, ...], context: Context) -> bool
     golds = [squeezed(clean(", ".join(gold_parts(part)))) for part in alternative]
     if spelling in golds or any(spelling in gold.split("=")[-1:] for gold in golds):
         return False
+    fraction = re.fullmatch(r"\\frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+)", spelling)
+    if fraction and math.gcd(*(int(part) for part in fraction.groups() if part)) > 1:
+        return True  # to be reduced
     if re.search(r"(?<![\\a-zA-Z])[a-df-zA-DF-Z](?![a-zA-Z])", re.sub(r"\\[a-zA-Z]+", " ", spelling)):
         return True
     return max(map(_operations, golds)) < _operations(spelling)

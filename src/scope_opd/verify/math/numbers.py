@@ -3,7 +3,8 @@ r"""Plain numbers, exactly: integers, decimals, fractions, mixed numbers and sci
 ``read_number`` knows how a number was written, because rounding depends on it; ``same_number`` is the one place where
 two numbers are held against each other. Without a stated tolerance two numbers are equal if they are the same
 rational, or, when one is written as a decimal with at least six decimals and five significant digits, if the
-other one rounds to it (0.333333 for 1/3), or if both agree to ten digits (noise of floating point).
+other one rounds to it (0.333333 for 1/3), or if one has 16 digits or more and differs by the rounding of a double
+(0.30000000000000004 for 0.3).
 
 Not covered: roots, pi and whatever else is not rational.
 """
@@ -20,7 +21,8 @@ MAX_EXPONENT = 400
 """Powers of ten beyond this are left to the symbolic comparison (and its limit)."""
 MIN_DECIMALS = 6
 MIN_SIGNIFICANT = 5
-NOISE = Fraction(1, 10**10)
+DOUBLE_DIGITS = 16
+NOISE = Fraction(1, 2**52)
 
 _DECIMAL = r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+"
 _GROUPED = r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?|[1-9][0-9]{0,2}(?: [0-9]{3})+(?:\.[0-9]+)?"
@@ -30,6 +32,7 @@ _REPEATING = re.compile(
     r"([+-]?)([0-9]{1,40})\.([0-9]{0,40})"
     r"(?:\\(?:overline|bar)\s*\{([0-9]{1,40})\}|\(([0-9]{1,40})\)|\\dot\s*\{?([0-9])\}?(?:([0-9]*)\\dot\s*\{?([0-9])\}?)?)"
 )
+_TRAILING_OFF = re.compile(r"([+-]?)([0-9]{1,40})\.([0-9]{0,40}?)([0-9]{1,6}?)\4{2,}\s*(?:\\ldots|\.{3}|…)")
 _POWER_OF_TEN = re.compile(r"([+-]?)\s*10\s*\^\s*(?:\{\s*([+-]?[0-9]{1,6})\s*\}|([+-]?[0-9]))")
 _RATIO = re.compile(
     rf"([+-]?)\s*\(?([+-]?)({_GROUPED}|{_DECIMAL})\)?\s*/\s*\(?\s*([+-]?)\s*({_GROUPED}|{_DECIMAL})\s*\)?"
@@ -61,6 +64,8 @@ def read_number(text: str) -> Number | None:
         sign, grouped, plain, *exponents = match.groups()
         exponent = int(next((part for part in exponents if part), "0"))
         return _decimal(sign, (grouped or plain).replace(",", "").replace(" ", ""), exponent)
+    if match := _TRAILING_OFF.fullmatch(text):
+        return _repeating(match[1], match[2], match[3], match[4])
     if match := _REPEATING.fullmatch(text):
         return _repeating(*match.groups())
     if match := _POWER_OF_TEN.fullmatch(text):
@@ -121,11 +126,11 @@ def same_number(found: Number, gold: Number, tolerance: Tolerance | None) -> boo
         return True
     if tolerance is not None:
         allowed = max(Fraction(tolerance.absolute), Fraction(tolerance.relative) * abs(gold.value))
-        return difference <= allowed * (1 + NOISE)
+        return difference <= allowed * (1 + Fraction(1, 10**9))
     for written in (found, gold):
         if written.decimals is None or written.value == 0:
             continue
-        if written.significant >= 10 and difference <= NOISE * min(abs(found.value), abs(gold.value)):
+        if written.significant >= DOUBLE_DIGITS and difference <= NOISE * abs(gold.value):
             return True
         precise = written.decimals >= MIN_DECIMALS and written.significant >= MIN_SIGNIFICANT
         if precise and 2 * difference <= Fraction(1, 10**written.decimals):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 from fractions import Fraction
 
 from scope_opd.verify.math.numbers import Number, read_number
@@ -46,6 +47,11 @@ _RELATIONS = re.compile(
 )
 _OPERATORS = {"<=": r"\leq", ">=": r"\geq", "!=": r"\neq", "==": "=", ":=": "="}
 _CUP = re.compile(r"\\cup(?![a-zA-Z])|(?<=[)\]}])\s*U\s*(?=[(\[\\])")
+_OPERATIONS = {
+    "union": _CUP,
+    "intersection": re.compile(r"\\cap(?![a-zA-Z])"),
+    "difference": re.compile(r"\\setminus(?![a-zA-Z])|\\backslash(?![a-zA-Z])"),
+}
 _SUCH_THAT = re.compile(r"\\mid(?![a-zA-Z])|\\vert|\||:")
 _MATRIX = re.compile(
     r"(?:\\left)?[(\[]?\s*\\begin\{([pbB]?matrix|array|smallmatrix)\}(?:\{[^{}]*\})?((?:(?!\\end\{).)*)\\end\{\1\}\s*[)\]]?",
@@ -54,7 +60,7 @@ _MATRIX = re.compile(
 _ARC = re.compile(
     r"([0-9]+)\s*\^\{\\circ\}\s*([0-9]+)\s*(?:'|\^\s*\{?\\prime\}?)(?:\s*([0-9]+)\s*(?:''|\^\s*\{\\prime\s*\\prime\}))?"
 )
-_TERM = re.compile(r"[0-9.]+|[0-9.]*\s*\\(?:sqrt|frac|pi)(?![a-z])[^=<>,]*")
+_TERM = re.compile(r"[0-9.]+(?:\s*/\s*[0-9.]+)?|[0-9.]*\s*\\(?:sqrt|frac|pi)(?![a-z])[^=<>,]*")
 _CLOCK = re.compile(
     r"([0-9]+(?:\.[0-9]+)?)\s*:\s*([0-9]+(?:\.[0-9]+)?)(?:\s*:\s*([0-9]+(?:\.[0-9]+)?))?\s*(?:\\text\{)?\s*([aApP]\.?\s?[mM]\.?)?\s*\}?"
 )
@@ -94,6 +100,10 @@ def _read(text: str, level: int) -> Shape:
     if (system := _SYSTEM.fullmatch(text)) and "&" not in system[2] and r"\text" not in system[2]:
         lines = [line for line in re.split(r"\\\\(?:\[[^\]]*\])?", system[2]) if line.strip(" \\,;.")]
         return _many([_read(clean(line), level + 1) for line in lines])
+    if re.match(r"(?:yes|no|true|false)\s*[,.;:]\s*[a-z]", text, re.IGNORECASE):
+        return Words(text)
+    if re.fullmatch(r"(?:all|any)\s+real(?:s|\s+numbers?)", text, re.IGNORECASE):
+        return Value(r"\mathbb{R}")
     text = _QUANTIFIER.sub(" ", text).strip()
     stripped = _CONDITION.sub("", text).rstrip(" ,;(")
     if stripped != text.rstrip(" ,;(") and re.search(r"[0-9a-zA-Z]", stripped):
@@ -117,9 +127,9 @@ def _several(text: str, level: int) -> Shape | None:
         return _many([_read(part, level + 1) for part in blocks])
     pieces = split_at(text, _AND)
     if len(pieces) > 1 and all(piece.strip(" ,") for piece in pieces[0:1] + pieces[-1:]):
-        pieces = pieces[::2]
+        joints, pieces = pieces[1::2], pieces[::2]
     else:
-        pieces = [text]
+        joints, pieces = [], [text]
     if len(pieces) == 1 and not re.search(r"[0-9=\\(\[{<>]", text) and "," in text:
         return _many([_read(part, level + 1) for part in text.split(",") if part.strip()])
     items: list[str] = []
@@ -132,7 +142,11 @@ def _several(text: str, level: int) -> Shape | None:
     flat: list[Shape] = []
     for shape in shapes:
         flat += shape.items if isinstance(shape, Many) and not shape.braces else [shape]
-    return _many(flat)
+    listed = _many(flat)
+    words = {"and" if "and" in joint else "or" for joint in joints}
+    if isinstance(listed, Many) and len(words) == 1 and len(joints) == len(items) - 1:
+        return replace(listed, joint=words.pop())
+    return listed
 
 
 def _commas(text: str) -> list[str]:
@@ -217,9 +231,10 @@ def _single(text: str, level: int) -> Shape:
         return Named(squeezed(congruence[1]) + f" mod {congruence[3]}", _read(congruence[2], level + 1))
     if label := _LABEL.fullmatch(text):
         return Named(label[1].strip().casefold(), _read(label[2], level + 1))
-    parts = split_at(text, _CUP)
-    if len(parts) > 1 and all(part.strip() for part in parts):
-        return Unite(tuple(_read(part, level + 1) for part in parts[::2]))
+    for operation, sign in _OPERATIONS.items():
+        parts = split_at(text, sign)
+        if len(parts) > 1 and all(part.strip() for part in parts):
+            return Unite(tuple(_read(part, level + 1) for part in parts[::2]), operation)
     if (relation := _relation(text, level)) is not None:
         return relation
     if arc := _ARC.fullmatch(text):
@@ -227,7 +242,7 @@ def _single(text: str, level: int) -> Shape:
         angle = degrees + minutes / 60 + seconds / 3600
         return Value(str(angle), Number(angle), degrees=True)
     terms = [term.strip() for term in split(text, ":")]
-    if len(terms) in (2, 3) and "\\" in text and all(_TERM.fullmatch(term) for term in terms):
+    if len(terms) in (2, 3) and ("\\" in text or "/" in text) and all(_TERM.fullmatch(term) for term in terms):
         return Clock(tuple(full_fractions(term) for term in terms))
     if clock := _CLOCK.fullmatch(text):
         return Clock(
@@ -258,7 +273,9 @@ def _bracketed(text: str, level: int) -> Shape | None:
     if opening in ("\\{", "{"):
         if ending != "}":
             return None
-        return _set(inner, level) if opening == "\\{" or len(split(inner, ",;")) > 1 else _read(inner, level + 1)
+        built = len(split_at(inner, _SUCH_THAT)) == 3 and re.search(r"[<>=]|\\(?:leq|geq|neq|in)", inner)
+        is_set = opening == "\\{" or built or len(split(inner, ",;")) > 1
+        return _set(inner, level) if is_set else _read(inner, level + 1)
     items = list(split(inner, ";" if len(split(inner, ";")) > 1 else ","))
     if len(items) > 1:
         items = items[:-1] if not items[-1].strip() else items
@@ -302,7 +319,7 @@ def _set(inner: str, level: int) -> Shape:
 
 def _relation(text: str, level: int) -> Shape | None:
     membership = re.fullmatch(r"(.{1,40}?)\s*\\in(?![a-zA-Z])\s*(.+)", text, re.DOTALL)
-    if membership and _is_name(membership[1]):
+    if membership and (_is_name(membership[1]) or _tuple_of_names(membership[1].strip())):
         return _read(membership[2], level + 1)
     pieces = split_at(text, _RELATIONS)
     if len(pieces) == 1:
@@ -311,6 +328,8 @@ def _relation(text: str, level: int) -> Shape | None:
     operators = [_OPERATORS.get(piece.strip(), piece.strip()) for piece in pieces[1::2]]
     if not sides[0] and operators == ["="]:
         return _read(sides[1], level + 1)
+    if not sides[0] and len(operators) == 1 and operators[0] != r"\approx":
+        sides[0] = r"\square"
     if any(not side for side in sides):
         return Words(text)
     if operators.count(r"\approx") == 1:
@@ -359,7 +378,8 @@ def _is_name(text: str) -> bool:
         words = re.findall(r"[A-Za-z]+", _TEXT.sub("", re.sub(r"_\s*(?:\{[^{}]*\}|\S)", "", text)))
         return not any(word in FUNCTIONS for word in words) and not re.fullmatch(r"\\(?:pi|infty)", text)
     if ratio := _RATIO_NAME.fullmatch(full_fractions(text)):
-        return all(_QUANTITY.fullmatch(part) for part in ratio.groups() if part)
+        letters = ":" in text and all(re.fullmatch(r"\s*[a-z]\s*", part) for part in ratio.groups() if part)
+        return letters or all(_QUANTITY.fullmatch(part) for part in ratio.groups() if part)
     return bool(re.fullmatch(r"\\text\{[^{}]*\}(?:\s*_?\s*\{?[a-zA-Z0-9]*\}?)?", text))
 
 

@@ -6,6 +6,7 @@ Not covered: units that are not separated from variables in any way (``5x`` is a
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from scope_opd.verify.math.numbers import read_number
 from scope_opd.verify.math.shapes import Value, Words
@@ -88,7 +89,7 @@ _TRAILING_TEXT = re.compile(
 )
 _TRAILING_WORDS = re.compile(r"^(.*?[0-9}%)])\s*((?:[A-Za-z][A-Za-z.]*[ /-]?)+(?:\s*\^\s*\{?[23]\}?)?)$", re.DOTALL)
 _NOT_A_UNIT = re.compile(
-    r"\b(?:and|or|not|to|but|if|than|else|except|times|plus|minus|nor|is|are|was|were|be|isn|maybe|perhaps|possibly|either"
+    r"\b(?:and|or|not|to|but|if|than|else|except|plus|minus|nor|is|are|was|were|be|isn|maybe|perhaps|possibly|either"
     r"|wrong|false|incorrect|impossible|less|more|fewer|greater|least|most|least|unless|instead|likely|unlikely|no|never"
     r"|mod|choose|which|who|when|where|because|since|so|then|i|it|we|you)\b|(?<![\^{-])[0-9]|(?:\S+\s+){5}",
     re.IGNORECASE,
@@ -100,6 +101,8 @@ _PERCENT = re.compile(
 _GLUED_PERCENT = re.compile(r"(?<=[0-9}])\s*(?:percent|percentage|pct)$", re.IGNORECASE)
 _DEGREE = re.compile(r"\s*(?:\^\{\\circ\}|\\text\{\s*(?:degrees|degree|deg)\.?\s*\}|\s(?:degrees|degree|deg))$")
 _FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|log|ln)(?![a-z])")
+_MICRO = re.compile(r"^([0-9.]+)\s*((?:\\mu|[µμ])\s*(?:\\text\{)?[a-zA-Z]+\}?)$")
+_MULTIPLES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SCALE = re.compile(r"(\^\{\\circ\})\s*(?:\\text\{\s*([CF])\s*\}|([CF]))$")
 
 
@@ -130,8 +133,16 @@ def read_value(text: str) -> Words | Value:
         unit = unit if unit and found is None else found
         if sign := _DEGREE.search(text):
             text, degrees = text[: sign.start()].strip(), True
-    elif (trailing := _TRAILING_WORDS.match(text)) and _is_unit_text(trailing[1].strip(), trailing[2], text):
+    elif (trailing := _MICRO.match(text)) is not None or (
+        (trailing := _TRAILING_WORDS.match(text)) and _is_unit_text(trailing[1].strip(), trailing[2], text)
+    ):
         text, unit = trailing[1].strip(), read_unit(trailing[2])
+    if unit is not None and (scale_word := _MULTIPLES.get(unit.words.split()[0].lower())) is not None:
+        amount = read_number(full_fractions(text))
+        if amount is not None:
+            rest = read_unit(unit.words.partition(" ")[2]) or (read_unit(money[0]) if money else None)
+            value = amount.value * scale_word
+            return Value(str(value), replace(amount, value=value, decimals=None), unit=rest)
     if base := _BASE.fullmatch(text):
         digits = re.sub(r"[ ,]", "", base[1])
         stated = base[2] or base[3]

@@ -52,17 +52,24 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Many:
-    """Several answers, or a set: without order. ``braces``: it was written as a set."""
+    """Several answers, or a set: without order.
+
+    Attributes:
+        braces: it was written as a set.
+        joint: "and" or "or" where these words alone join the items, else ",".
+    """
 
     items: tuple[Shape, ...]
     braces: bool = False
+    joint: str = ","
 
 
 @dataclass(frozen=True, slots=True)
 class Unite:
-    """A union of sets."""
+    """Sets under one operation: union, intersection or difference."""
 
     parts: tuple[Shape, ...]
+    operation: str = "union"
 
 
 @dataclass(frozen=True, slots=True)

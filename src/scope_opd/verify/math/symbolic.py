@@ -1,8 +1,8 @@
 r"""Whether two formulas have the same value: math-verify's parser, exact numbers, and evaluation at fixed points.
 
-Two constants are equal if they agree to 20 digits of 30. Two formulas with variables are equal if they agree so at
-every one of a few fixed points, positive and negative, where both are defined (a polynomial or an analytic identity that
-holds at random points holds everywhere; the points are the same in every process). What cannot be evaluated
+Two constants are equal if their difference is zero: exactly where it is rational, else to 300 digits. Two formulas with
+variables are equal if they agree so at a few fixed points, positive and negative (an analytic identity that holds at
+points drawn at random holds everywhere; the points are the same in every process). What cannot be evaluated there
 (integrals, unknown functions, matrices) is left to ``math_verify.verify``.
 
 Powers and factorials too large to be anybody's answer raise ``TooHard`` before they are evaluated; what slips through
@@ -25,8 +25,11 @@ from scope_opd.verify.math.numbers import Number, same_number
 from scope_opd.verify.math.text import MAX_DEPTH, MAX_LENGTH, closing, depth
 
 DIGITS = 30
-AGREEMENT = 10**-20
+"""Digits of a value that is rounded."""
+MAX_DIGITS = 300
+"""Digits to which a difference is evaluated before it counts as zero."""
 POINTS = 5
+MAX_VARIABLES = 12
 MAX_POWER_DIGITS = 20_000
 """Digits of an integer power that is evaluated."""
 MAX_FACTORIAL = 2_000
@@ -41,7 +44,9 @@ _BARE = re.compile(
     rf"(?<![\\a-zA-Z])(?:np\.|math\.)?({_FUNCTIONS}|pi|infty|infinity|theta|alpha|beta|gamma|lambda|phi|omega)(?![a-zA-Z])"
 )
 _BARE_ROOT = re.compile(r"(?<![\\a-zA-Z])(?:np\.|math\.)?sqrt\s*\(")
-_TIGHT_NUMBERS = re.compile(r"(?<![_^a-zA-Z0-9{])[0-9.]+\s+[0-9.]|%|[0-9)}]\s*_")
+_TIGHT_NUMBERS = re.compile(
+    r"(?<![_^a-zA-Z0-9{])[0-9.]+\s+[0-9.]|%|[0-9)}]\s*_|!\s*!|\\[a-z]*dots|\\(?:phantom|color|cancel)"
+)
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _DEGREES = re.compile(r"([0-9.]+)\s*\^\s*\{?\s*\\circ\s*\}?")
 _PRIME = re.compile(r"([A-Za-z])\s*(?:'+|\^\s*\{\s*(?:\\prime\s*)+\}|\^\s*\\prime(?![a-z]))")
@@ -50,7 +55,7 @@ _POWER_INDEX = re.compile(r"(?<=[A-Za-z])\s*\^\s*(\{[^{}]*\}|[0-9a-zA-Z])\s*_\s*
 _INDEX_SIGN = re.compile(r"_\s*\{?\s*\\(odot|oplus|max|min|infty|parallel|perp|ast|star|text\{[a-zA-Z]*\})\s*\}?")
 _POWER = re.compile(r"([0-9]+)\s*\}?\)?\s*\^\s*[{(]*\s*([0-9]+)")
 _TOWER = re.compile(r"\^\s*[{(]*\s*([0-9]+)\s*\^\s*[{(]*\s*([0-9]+)")
-_FACTORIAL = re.compile(r"([0-9]+)\s*[)}]*\s*!|!\s*[)}]*\s*!|\^\s*\{[^{}]*\}\s*\)?\s*!")
+_FACTORIAL = re.compile(r"([0-9]+)\s*[)}]*\s*!|[0-9]\s*!\s*[)}]+\s*!|\^\s*\{[^{}]*\}\s*\)?\s*!")
 
 
 def check_size(latex: str) -> None:
@@ -110,7 +115,7 @@ def parse(latex: str) -> Any:
     """
     from latex2sympy2_extended import latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
-    from sympy import Float, Rational
+    from sympy import Derivative, Float, Rational, Symbol
 
     check_size(latex)
     text = parser_spelling(latex)
@@ -123,8 +128,11 @@ def parse(latex: str) -> Any:
             text, is_real=True, convert_degrees=False, normalization_config=None, conversion_config=config
         )
         if hasattr(parsed, "atoms"):
-            floats = {number: Rational(str(number)) for number in parsed.atoms(Float)}
-            parsed = parsed.xreplace(floats) if floats else parsed
+            exact = {number: Rational(str(number)) for number in parsed.atoms(Float)}
+            for rate in parsed.atoms(Derivative):
+                if not set(rate.variables) & rate.expr.free_symbols:  # dy/dx is not zero
+                    exact[rate] = Symbol(re.sub(r"\W", "_", str(rate)), real=True)
+            parsed = parsed.xreplace(exact) if exact else parsed
     except (MemoryError, RecursionError):
         raise
     except Exception:  # the parser raises bare Exceptions for whatever it cannot read
@@ -138,107 +146,112 @@ def same_formula(
     found: str, gold: str, tolerance: Tolerance | None, numbers: tuple[Number | None, Number | None], factor: Fraction
 ) -> bool:
     """Whether ``factor`` x ``found`` equals ``gold``; ``numbers`` are the sides that are plain numbers."""
-    left, right = parse(found), parse(gold)
-    if left is None or right is None:
-        return False
-    from sympy import Basic, Expr, MatrixBase, Rational, Tuple
-    from sympy.sets import Set
+    from sympy import Expr, MatrixBase, Rational
 
+    left, right = parse(found), parse(gold)
     if isinstance(left, MatrixBase) or isinstance(right, MatrixBase):
-        return _verified(left, right)
-    if (
-        not isinstance(left, Basic)
-        or not isinstance(right, Basic)
-        or isinstance(left, Set | Tuple)
-        or isinstance(right, Set | Tuple)
-    ):
-        return False
+        return left is not None and right is not None and _verified(left, right)
     if not isinstance(left, Expr) or not isinstance(right, Expr):
         return False
     if factor != 1:
         left = Rational(factor.numerator, factor.denominator) * left
-    values = constant(left), constant(right)
-    if values[0] is not None and values[1] is not None:
-        return _same_constant(values[0], values[1], tolerance, numbers)
-    if (values[0] is None) != (values[1] is None) and not (_variables(left) or _variables(right)):
-        return False
-    agreed = _same_at_points(left, right)
-    return _verified(left, right) if agreed is None else agreed
+    if _variables(left) or _variables(right):
+        agreed = same_parsed(left, right)
+        return _verified(left, right) if agreed is None else agreed
+    return _same_constant(_with_i(left), _with_i(right), tolerance, numbers)
 
 
-def same_parsed(left: Any, right: Any) -> bool:
-    """Whether two parsed formulas agree at the fixed points."""
-    return _same_at_points(left, right) is True
+def _same_constant(
+    left: Any, right: Any, tolerance: Tolerance | None, numbers: tuple[Number | None, Number | None]
+) -> bool:
+    from sympy import oo
+
+    ends = [side.doit() for side in (left, right)]
+    if any(end in (oo, -oo) for end in ends):
+        return bool(ends[0] == ends[1])
+    zero = _is_zero(ends[0] - ends[1])
+    if zero is not False:
+        return zero is True
+    if tolerance is None and not any(number and number.decimals is not None for number in numbers):
+        return False  # nothing here is rounded
+    values = [end if end.is_Rational else end.evalf(DIGITS) for end in ends]
+    if not all(value.is_Float or value.is_Rational for value in values):
+        return False  # complex numbers have no rounding
+    sides = [number or Number(_fraction(value)) for number, value in zip(numbers, values, strict=True)]
+    return same_number(sides[0], sides[1], tolerance)
 
 
-def constant(expression: Any) -> complex | Any | None:
-    """The value of a formula without variables to 30 digits; None if it has variables or cannot be evaluated."""
-    if _variables(expression):
-        return None
-    return _evaluated(expression, {})
+def _fraction(value: Any) -> Fraction:
+    return Fraction(value.p, value.q) if value.is_Rational else Fraction(str(value))
 
 
-def _variables(expression: Any) -> list[Any]:
-    return sorted((symbol for symbol in expression.free_symbols if str(symbol) != "i"), key=str)
-
-
-def _evaluated(expression: Any, point: dict[Any, Any]) -> Any:
-    from sympy import I, N, Symbol
-
+def _is_zero(difference: Any) -> bool | None:
+    """Whether a constant is zero: exactly if it is rational, else to ``MAX_DIGITS`` digits. None: not to be evaluated."""
     try:
-        imaginary = {
-            symbol: I for symbol in expression.free_symbols if isinstance(symbol, Symbol) and symbol.name == "i"
-        }
-        value = N(expression.subs({**point, **imaginary}), DIGITS)
-        if value.is_infinite or value.is_number is False:
-            return value if value.is_infinite and value.is_extended_real else None
-        real, _imag = value.as_real_imag()
-        return value if real.is_Float or real.is_Integer or real.is_Rational or real == 0 else None
-    except (MemoryError, RecursionError):
+        value = difference.doit()
+        if value.is_Rational:
+            return bool(value == 0)
+        value = value.evalf(15, maxn=MAX_DIGITS)
+        parts = value.as_real_imag()
+        if not all(part.is_Float or part.is_Rational for part in parts):
+            return None
+        return all(part == 0 or getattr(part, "_prec", 0) == 1 for part in parts)
+    except MemoryError:
         raise
     except Exception:  # sympy raises what it likes on functions that it cannot evaluate
         return None
 
 
-def _same_constant(
-    found: Any, gold: Any, tolerance: Tolerance | None, numbers: tuple[Number | None, Number | None]
-) -> bool:
-    if found.is_infinite or gold.is_infinite:
-        return bool(found == gold)
-    if _close(found, gold):
-        return True
-    if not (found.is_real and gold.is_real):
-        return False
-    sides = [number or Number(Fraction(str(value))) for number, value in zip(numbers, (found, gold), strict=True)]
-    return same_number(sides[0], sides[1], tolerance)
+def same_parsed(left: Any, right: Any) -> bool | None:
+    """Whether two parsed formulas agree at the fixed points; None if they could not be evaluated there."""
+    compared = 0
+    difference = _summed(_with_i(left)) - _summed(_with_i(right))
+    for point in _points(left, right):
+        zero = _is_zero(difference.subs(point))
+        if zero is False:
+            return False
+        compared += zero is True
+    return True if compared >= 3 else None
 
 
-def _close(left: Any, right: Any) -> bool:
-    difference = abs(left - right)
-    size = max(abs(left), abs(right))
-    return bool(difference <= AGREEMENT * size) or bool(size < AGREEMENT**1.2)
-
-
-def _same_at_points(left: Any, right: Any) -> bool | None:
-    """True or False after evaluation, None if it could not be evaluated."""
+def _points(left: Any, right: Any) -> list[dict[Any, Any]]:
+    """Fixed points, by the names of the variables; none where there are too many variables."""
     from sympy import Rational
 
     symbols = sorted({*_variables(left), *_variables(right)}, key=str)
     names = sorted({str(symbol) for symbol in symbols})
-    if len(names) > 12:
-        return None
     draw = random.Random(0)
-    compared = 0
-    for at in range(POINTS):
+    points = []
+    for at in range(POINTS if len(names) <= MAX_VARIABLES else 0):
         values = {name: Rational(draw.randint(11, 79), 31) * (-1 if at >= 3 else 1) for name in names}
-        point = {symbol: values[str(symbol)] for symbol in symbols}
-        a, b = _evaluated(left, point), _evaluated(right, point)
-        if a is None and b is None:
-            continue
-        if a is None or b is None or a.is_infinite or b.is_infinite or not _close(a, b):
-            return None if (a is None) != (b is None) and compared == 0 else False
-        compared += 1
-    return True if compared >= 3 else None
+        points.append({symbol: values[str(symbol)] for symbol in symbols})
+    return points
+
+
+def _summed(expression: Any) -> Any:
+    """With sums, products, integrals and limits carried out where sympy can."""
+    from sympy import Integral, Limit, Product, Sum
+
+    if not expression.has(Sum, Product, Integral, Limit):
+        return expression
+    try:
+        return expression.doit()
+    except MemoryError:
+        raise
+    except Exception:  # sympy raises what it likes; the formula stays as it is
+        return expression
+
+
+def _variables(expression: Any) -> list[Any]:
+    return [symbol for symbol in expression.free_symbols if str(symbol) != "i"]
+
+
+def _with_i(expression: Any) -> Any:
+    """With the imaginary unit for the letter i."""
+    from sympy import I
+
+    letters = {symbol: I for symbol in expression.free_symbols if str(symbol) == "i"}
+    return expression.subs(letters) if letters else expression
 
 
 def _verified(left: Any, right: Any) -> bool:
@@ -255,35 +268,23 @@ def _verified(left: Any, right: Any) -> bool:
 
 
 def proportional(found: tuple[str, str], gold: tuple[str, str]) -> bool:
-    """Whether two equations say the same: their differences are a constant, other than zero, times each other."""
-    from sympy import Expr
+    """Whether two equations say the same: the differences of their sides, as fractions in lowest terms, have
+    numerators that are a constant, other than zero, times each other.
+    """
+    from sympy import Expr, fraction, together
 
     sides = [parse(side) for side in (*found, *gold)]
     if any(not isinstance(side, Expr) for side in sides):
         return False
-    left, right = sides[0] - sides[1], sides[2] - sides[3]
-    symbols = sorted({*_variables(left), *_variables(right)}, key=str)
-    names = sorted({str(symbol) for symbol in symbols})
-    if {str(s) for s in _variables(left)} != {str(s) for s in _variables(right)} or not names or len(names) > 12:
+    left, right = (fraction(together((a - b).doit()))[0] for a, b in (sides[:2], sides[2:]))
+    if {str(s) for s in _variables(left)} != {str(s) for s in _variables(right)} or not _variables(left):
         return False
-    from sympy import Rational
-
-    draw = random.Random(1)
-    ratio = None
-    compared = 0
-    for at in range(POINTS + 1):
-        values = {name: Rational(draw.randint(11, 79), 31) * (-1 if at >= 4 else 1) for name in names}
-        point = {symbol: values[str(symbol)] for symbol in symbols}
-        a, b = _evaluated(left, point), _evaluated(right, point)
-        if a is None or b is None or a.is_infinite or b.is_infinite:
-            continue
-        if abs(b) < AGREEMENT or abs(a) < AGREEMENT:
-            return False
-        if ratio is not None and not _close(a / b, ratio):
-            return False
-        ratio = a / b
-        compared += 1
-    return compared >= 4
+    points = _points(left, right)
+    start = [side.subs(points[0]) for side in (left, right)] if points else []
+    if not start or any(_is_zero(value) is not False for value in start):
+        return False
+    zeros = [_is_zero(left.subs(point) * start[1] - right.subs(point) * start[0]) for point in points[1:]]
+    return False not in zeros and zeros.count(True) >= 3
 
 
 def symbols_of(latex: str) -> frozenset[str]:

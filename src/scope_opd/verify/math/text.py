@@ -49,6 +49,8 @@ _WORDS = re.compile(
 )
 _FONTS = re.compile(r"\\(?:mathbf|boldsymbol|mathit|mathsf|bm|pmb|vec\b|rm|bf|it)(?![a-zA-Z])\s*")
 _RENAMED = {
+    r"\langle": "(",
+    r"\rangle": ")",
     r"\lt": "<", r"\gt": ">", r"\le": r"\leq", r"\ge": r"\geq", r"\leqslant": r"\leq", r"\geqslant": r"\geq",
     r"\ne": r"\neq", r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]", r"\cupdot": r"\cup",
     r"\land": r"\text{and}", r"\lor": r"\text{or}", r"\vee": r"\text{or}", r"\wedge": r"\text{and}",
@@ -60,6 +62,9 @@ _RENAMED = {
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _EMPHASISED = re.compile(r"(\*\*|__|\*|_|`)(?![*_`\s])([^*_`]+)\1")
 _CIRCLED = re.compile("[\u2460-\u2473]")
+_FRENCH_LEFT = re.compile(r"(?<![\w)\]}.])\]((?:[^\[\]()]|\\[a-z]+)*[,;][^\[\]()]*)([\[\])])")
+_FRENCH_RIGHT = re.compile(r"([\[\](])([^\[\]()]*[,;][^\[\]()]*)\[(?![\w\\.-])")
+_CHOOSE = re.compile(r"\{?\s*(\w+)\s*\\choose\s*(\w+)\s*\}?")
 _HTML = re.compile(r"<(sup|sub)>(.*?)</\1>")
 _DOUBLED = re.compile(r"(?<!\\)\\(?:\\\\)*(?!\\)")
 _ORDINAL = re.compile(
@@ -75,10 +80,11 @@ _FUNCTION_WORDS = {
     "ch": "cosh",
 }
 _FUNCTION_WORD = re.compile(
-    r"\\text\s*\{\s*(arcsin|arccos|arctan|arctg|arcctg|sinh|cosh|tanh|sin|cos|tan|cot|tg|ctg|lg|ln|log|exp)\s*\}"
+    r"\\text\s*\{\s*(arcsin|arccos|arctan|arctg|arcctg|sinh|cosh|tanh|sin|cos|tan|cot|tg|ctg|lg|ln|log|exp|gcd|lcm|max|min)\s*\}"
     r"|\\(tg|ctg|arctg|arcctg|lg|sh|ch)(?![a-zA-Z])"
 )
 _PLUS_INFINITY = re.compile(r"(^|[(\[,;=<>]\s*)\+\s*\\infty")
+_EMPTY_TEXT = re.compile(r"\\text\s*\{\s*\}")
 _INDEX_WORD = re.compile(r"_\s*(?:\{\s*\\text\s*\{([^{}]*)\}\s*\}|\\text\s*\{([^{}]*)\})")
 _MOD = re.compile(
     r"\(?\s*(?:\\(?:pmod|mod|bmod)(?![a-z])|\\text\s*\{\s*\(?mod\s*\}|(?<=\()mod(?![a-z]))\s*\{?\s*([0-9a-zA-Z]+)\s*\}?\s*\)?"
@@ -108,6 +114,12 @@ def clean(answer: str) -> str:
         text = text.replace("\\\\", "\\")
     if "√" in text:
         text = _ROOT.sub(lambda m: r"\sqrt{" + m[1].removeprefix("(").removesuffix(")") + "}", text)
+    if text.count("$") - text.count("\\$") == 1:
+        text = text.replace("$", "\\$") if "\\$" not in text else text  # one sign alone is money
+    if "[" in text or "]" in text:
+        text = _FRENCH_LEFT.sub(r"(\1\2", _FRENCH_RIGHT.sub(r"\1\2)", text))
+    if "choose" in text:
+        text = _CHOOSE.sub(r"\\binom{\1}{\2}", text)
     if "\\" in text or "$" in text or "{" in text:
         if not _ARRAY.search(text):
             text = _DOUBLE.sub(r"\\", text)
@@ -117,6 +129,7 @@ def clean(answer: str) -> str:
         text = _SIZES.sub("", text)
         text = _FRAC.sub(r"\\frac", text)
         text = _WORDS.sub(r"\\text{", text)
+        text = _EMPTY_TEXT.sub("", text)
         text = _FUNCTION_WORD.sub(lambda m: "\\" + _FUNCTION_WORDS.get(m[1] or m[2], m[1] or m[2]) + " ", text)
         text = _PLUS_INFINITY.sub(r"\1\\infty", text)
         text = _INDEX_WORD.sub(lambda m: "_{" + (m[1] or m[2] or "").strip() + "}", text)
@@ -127,7 +140,9 @@ def clean(answer: str) -> str:
     if "mod" in text:
         text = _MOD.sub(r" \\bmod \1", text)
     text = _ORDINAL.sub("", _SPACES.sub(" ", text).strip())
-    while text and (text[-1] in ".,;:!" and not text.endswith(("..", "\\!")) and not re.search(r"[0-9]!$", text)):
+    if re.search(r"[A-Za-z]{2}!$", text):
+        text = text[:-1]  # "Yes!", but n! is a factorial
+    while text and (text[-1] in ".,;:" and not text.endswith("..")):
         text = text[:-1].rstrip()
     return _unwrapped(_STRAY_STOP.sub("", text))
 
@@ -143,6 +158,12 @@ def _unwrapped(text: str) -> str:
         ):
             break
         inner = text[start.end() : -1].strip()
+        if (
+            start[0] == "{"
+            and re.search(r"\||\\mid|:", inner)
+            and re.search(r"[<>=]|\\(?:leq|geq|neq|in)(?![a-z])", inner)
+        ):
+            break  # {x | x > 2}: a set too
         if start[0] == "{" and len(split(inner, ",;")) > 1:
             break  # {1, 2}: a set
         text = inner

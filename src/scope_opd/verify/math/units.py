@@ -59,6 +59,7 @@ _KINDS: dict[str, dict[str, str]] = {
     "speed": {"1": "m/s mps", "1000/3600": "km/h kmh kmph kph", "1609344/3600000": "mph", "1/100": "cm/s"},
     "acceleration": {"1": "m/s^2"},
     "energy": {"1": "J joule joules", "1000": "kJ kilojoule kilojoules"},
+    "electronvolts": {"1": "eV", "1000": "keV", "1000000": "MeV", "1000000000": "GeV"},
     "power": {"1": "W watt watts", "1000": "kW kilowatt kilowatts"},
     "force": {"1": "N newton newtons"},
     "pressure": {"1": "Pa pascal pascals", "1000": "kPa"},
@@ -109,6 +110,7 @@ class Unit:
 def read_unit(words: str) -> Unit | None:
     """The unit that some words name; None for none at all ("units", "square units")."""
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", words)
+    text = re.sub(r"\\mu\s*|[µμ]", "u", text)
     text = re.sub(r"\s+", " ", text.replace("~", " ").replace("{", "").replace("}", "").replace("\\$", "$")).strip(
         " .,;"
     )
