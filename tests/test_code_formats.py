@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from scope_opd.gold import Tolerance
 from scope_opd.verify.code import loaders
 from scope_opd.verify.code.compare import same_value, text_difference
-from scope_opd.verify.code.extract import answer_part, completion_of, last_block
+from scope_opd.verify.code.extract import completion_of, last_block
 from scope_opd.verify.code.formats import CallTask, CheckTask, StdioTask, parse_code_answer
 from scope_opd.verify.code.preamble import names_for
 from scope_opd.verify.code.verifier import program
+from scope_opd.verify.math.extract import visible
 from scope_opd.verify.sandbox.plain import encode, read_json
 from shared_data import data_rows
 
@@ -240,7 +241,7 @@ def test_extraction_never_fails(text: str) -> None:
     ],
 )
 def test_an_unfinished_thinking_block_never_counts(text: str, scope: Any, part: str) -> None:
-    assert answer_part(text, scope) == part
+    assert visible(text, scope) == part
 
 
 def test_a_completion_ends_where_the_function_does() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from code_kit import need_sandbox
+from code_kit import need_sandbox, processes_in
 from scope_opd.errors import DataError, ScopeError
 from scope_opd.types import Prompt, Rollout, Verdict, Verifier
 from scope_opd.verify.code import loaders
@@ -97,6 +97,7 @@ def test_graders_rows_come_out_as_expected(verifier: CodeVerifier) -> None:
         ("def depth(n):\n    return 0 if n == 0 else 1 + depth(n - 1)\ndepth(20000)\n"
          "print(sum(map(int, input().split())))", STDIO, "passed 3 tests"),
         ("print(1)", STDIO, "test 2 of 3: wrong output: line 1: expected '2', found '1'"),
+        ("raise ValueError('\\x1b[2J\\ud800')", STDIO, "test 1 of 3: ValueError: ?[2J? (line 1)"),
         ("a = input()\nprint(a[99])", STDIO, "test 1 of 3: IndexError: string index out of range (line 2)"),
         ("import os\nos._exit(7)", STDIO, "test 1 of 3: exit status 7"),
         ("import os\nos.abort()", STDIO, "test 1 of 3: ended by signal 6"),
@@ -231,6 +232,42 @@ def test_without_bubblewrap_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(ScopeError, match="--allow-unsandboxed"):
         CodeVerifier()
+
+
+KILLED = """
+import os, sys
+from scope_opd.verify.code.verifier import CodeVerifier
+from scope_opd.verify.sandbox.process import Sandbox
+enter = Sandbox.enter
+def telling(self):
+    enter(self)
+    print(os.stat(f"/proc/{self.first_process}/ns/pid").st_ino, flush=True)
+Sandbox.enter = telling
+answer = {"format": "stdio", "tests": [{"input": "", "output": ""}]}
+CodeVerifier().judge("import time\\ntime.sleep(600)", answer, form="answer")
+"""
+
+
+def test_nothing_outlives_a_verifier_that_is_killed() -> None:
+    need_sandbox()
+    source = str(Path(__file__).resolve().parents[1] / "src")
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": source}
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # the probe's
+        namespace = int(process.stdout.readline())
+        assert processes_in(namespace)
+        held = os.open(f"/proc/{processes_in(namespace)[0]}/ns/pid", os.O_RDONLY)
+        try:
+            process.kill()
+            process.wait()
+            until = time.monotonic() + 5
+            while processes_in(namespace) and time.monotonic() < until:
+                time.sleep(0.01)
+            assert not processes_in(namespace)
+        finally:
+            os.close(held)
 
 
 ORDINARY_USER = """

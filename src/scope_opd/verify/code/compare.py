@@ -118,5 +118,5 @@ def _same_pairs(expected: dict[Any, Any], pairs: Any, tolerance: Tolerance | Non
 def shown(value: Any) -> str:
     """A value for a reason: short, on one line."""
     text = value if isinstance(value, str) else repr(value)
-    text = " ".join(text.split())
+    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
     return repr(text if len(text) <= SHOWN else text[: SHOWN - 3] + "...")

@@ -1,9 +1,10 @@
 """Which program a response holds.
 
-Scope first: with ``after_think`` only what follows the last closed thinking block counts, and nothing of a block that
-is never closed. In what is left, the last fenced block marked as Python is the program; without one the last fenced
-block of no or another language. A block that is never closed is cut off and does not count. Without any block there is
-no program, except for a completion of a given start (HumanEval), where the text itself is the completion.
+Scope first, by the rule of maths answers (``verify.math.extract.visible``): with ``after_think`` only what follows the
+last closed thinking block counts, and nothing of a block that is never closed. In what is left, the last fenced block
+marked as Python is the program; without one the last fenced block of no or another language. A block that is never
+closed is cut off and does not count. Without any block there is no program, except for a completion of a given start
+(HumanEval), where the text itself is the completion.
 
 Not covered: indented code without a fence; programs spread over several blocks.
 """
@@ -13,19 +14,9 @@ from __future__ import annotations
 import ast
 import re
 import warnings
-from typing import Literal
 
 _FENCE = re.compile(r"^[^`~\n]*?(`{3,}|~{3,})[ \t]*([A-Za-z0-9_+#.-]*)[^`\n]*$")
-_OPEN, _CLOSE = "<think>", "</think>"
 PYTHON = frozenset({"python", "py", "python3", "python2", "ipython"})
-
-
-def answer_part(text: str, scope: Literal["after_think", "all"]) -> str:
-    """The part of a response that may hold the answer."""
-    if scope == "all":
-        return text
-    rest = text.rpartition(_CLOSE)[2]
-    return rest.partition(_OPEN)[0]
 
 
 def last_block(text: str) -> str | None:

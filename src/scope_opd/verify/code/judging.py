@@ -24,7 +24,7 @@ from scope_opd.verify.code.preamble import names_for
 from scope_opd.verify.sandbox import driver
 from scope_opd.verify.sandbox.limits import CodeLimits
 from scope_opd.verify.sandbox.plain import MAX_MESSAGE, NotPlainError, decode, read_json
-from scope_opd.verify.sandbox.process import Ended, Sandbox, SandboxFailure, Stopped, error_of
+from scope_opd.verify.sandbox.process import Ended, Sandbox, SandboxFailure, Stopped, error_of, printable
 
 TEST_IMPORTS = ("typing", "math", "random", "copy")
 """What most check code and most prompts import: loaded once for all checks of a sandbox."""
@@ -163,12 +163,15 @@ def _run(task: StdioTask, place: int, solution: Sandbox, until: float) -> str | 
     kind, payload = solution.receive(until)
     if kind != driver.ENDED:
         raise Stopped("the program wrote over its pipe")
-    status, complaint, too_much = read_json(payload)
+    try:
+        status, complaint, too_much = read_json(payload)
+    except (NotPlainError, ValueError, TypeError):
+        raise Stopped("the program wrote over its pipe") from None
     if too_much:
         raise Stopped("output limit")
     if status:
         how = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
-        return f"{complaint[-MAX_MESSAGE:]}" if complaint and status > 0 else how
+        return printable(complaint[-MAX_MESSAGE:]) if complaint and status > 0 else how
     difference = text_difference(expected, printed.decode("utf-8", "replace"), task.tolerance)
     return None if difference is None else f"wrong output: {difference}"
 

@@ -22,9 +22,10 @@ from typing import Any, Literal
 
 from scope_opd.errors import DataError
 from scope_opd.types import Prompt, Rollout, Verdict
-from scope_opd.verify.code.extract import answer_part, completion_of, defines, last_block
+from scope_opd.verify.code.extract import completion_of, defines, last_block
 from scope_opd.verify.code.formats import CheckTask, Task, parse_code_answer
 from scope_opd.verify.code.judging import TEST_IMPORTS, compilable_prompt, run_tests
+from scope_opd.verify.math.extract import visible
 from scope_opd.verify.sandbox.bubblewrap import SLOTS, Launcher
 from scope_opd.verify.sandbox.limits import CodeLimits
 from scope_opd.verify.sandbox.process import Sandbox, SandboxFailure
@@ -184,7 +185,7 @@ def program(
         The code that was found (None without any) and the pieces to execute: for a task with a prompt, the prompt first
         where the code is a whole function, or the prompt continued by the code where it is a completion.
     """
-    text = prediction if form == "answer" else answer_part(prediction, scope)
+    text = prediction if form == "answer" else visible(prediction, scope)
     block = text if form == "answer" else last_block(text)
     prompt = task.prompt if isinstance(task, CheckTask) else ""
     if not prompt:

@@ -39,8 +39,11 @@ INSTALL = "install the package bubblewrap (apt-get install bubblewrap, or dnf in
 TRUST = "pass --allow-unsandboxed (verify.allow_unsandboxed = true) if all of the code is trusted"
 SYSTEM_FOLDERS = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/nix/store", "/gnu/store")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-SLOTS = 128
+SLOTS = 512
 """Sandboxes alive at once in one process at most; each has a user id of its own."""
+_FREE_SLOTS: queue.SimpleQueue[int] = queue.SimpleQueue()
+for _slot in range(SLOTS):
+    _FREE_SLOTS.put(_slot)
 FIRST_USER = 0x70000000
 """User ids for sandboxes where every id may be used: a range that systemd's table of ids leaves unassigned."""
 PYTHON_FLAGS = ("-S", "-s", "-P", "-X", "utf8")  # not -I: it would ignore PYTHONHASHSEED
@@ -66,9 +69,7 @@ class Launcher:
 
     def __init__(self, limits: CodeLimits, *, sandboxed: bool = True) -> None:
         self.limits, self.sandboxed = limits, sandboxed
-        self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for slot in range(SLOTS):
-            self.slots.put(slot)
+        self.slots = _FREE_SLOTS
         self.boot_blob = boot_blob()
         self.filter = filter_program() if sandboxed else None
         self.bwrap = shutil.which("bwrap") if sandboxed else None
@@ -120,7 +121,10 @@ class Launcher:
         if self.filter is None:
             raise ScopeError(f"a machine of type {os.uname().machine}", "x86_64 or aarch64, to run code in", TRUST)
         reasons = []
-        for self.drop in ("inside", "outside") if os.geteuid() == 0 else ("never",):
+        ways = ("inside", "outside") if os.geteuid() == 0 else ("never",)
+        if os.geteuid() == 0 and not _is_real_root():
+            ways = (*ways, "never")
+        for self.drop in ways:
             try:
                 with Sandbox(self) as sandbox:
                     sandbox.enter()
@@ -200,13 +204,23 @@ def sandbox_user(slot: int) -> int:
     Where this process may not use every id (a container with a map of its own) it is one of the last that it may use.
     """
     top = _last_user()
-    return FIRST_USER + ((os.getpid() & 0x1FFFFF) * SLOTS + slot) if top >= 1 << 31 else top - 1 - slot
+    return FIRST_USER + ((os.getpid() & 0x7FFFF) * SLOTS + slot) if top >= 1 << 31 else top - 2 - slot
 
 
 @cache
+def _user_map() -> tuple[tuple[int, int, int], ...]:
+    """Rows (first id here, first id outside, count)."""
+    lines = Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()
+    return tuple((int(here), int(outside), int(count)) for here, outside, count in map(str.split, lines))
+
+
 def _last_user() -> int:
-    rows = [[int(part) for part in line.split()] for line in Path("/proc/self/uid_map").read_text().splitlines()]
-    return max((inside + count - 1 for inside, _, count in rows), default=0)
+    return max((here + count - 1 for here, _, count in _user_map()), default=0)
+
+
+def _is_real_root() -> bool:
+    """Whether user 0 is root outside too; root of a rootless container is an ordinary user to the kernel."""
+    return any(here == outside == 0 for here, outside, _ in _user_map())
 
 
 @cache

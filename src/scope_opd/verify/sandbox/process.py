@@ -58,6 +58,7 @@ class Sandbox:
         self.slot = launcher.slots.get()
         self.folder: tempfile.TemporaryDirectory[str] | None = None
         self.pidfd: int | None = None
+        self.info: int | None = None
         self.first_process: int | None = None
         self.closed = threading.Lock()
         self.buffer = bytearray()
@@ -65,12 +66,13 @@ class Sandbox:
             self._start()
         except OSError as error:
             launcher.slots.put(self.slot)
+            if self.info is not None:
+                os.close(self.info)
             raise SandboxFailure(f"{error.filename or 'bwrap'}: {error.strerror}") from None
 
     def _start(self) -> None:
         launcher = self.launcher
         passed: list[int] = []
-        self.info: int | None = None
         extra: dict[str, Any] = {}
         if launcher.sandboxed:
             assert launcher.filter is not None
@@ -284,7 +286,7 @@ class Sandbox:
 
 
 def error_of(payload: bytes) -> str:
-    """What an ERROR, REFUSED, FAILED or TROUBLE frame says, as one line.
+    """What an ERROR, REFUSED, FAILED or TROUBLE frame says, as one line of printable characters.
 
     Raises:
         Stopped: the frame is not one that our driver would write.
@@ -294,7 +296,12 @@ def error_of(payload: bytes) -> str:
     except NotPlainError:
         raise Stopped("the program wrote over its pipe") from None
     parts = said if isinstance(said, list) else [said]
-    return ": ".join(str(part) for part in parts if part)
+    return printable(": ".join(str(part) for part in parts if part))
+
+
+def printable(text: str) -> str:
+    """Text of a program made fit for a terminal and a log: no escape sequences, no halves of characters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _frame(kind: bytes, payload: bytes) -> bytes:
