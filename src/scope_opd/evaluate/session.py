@@ -42,9 +42,13 @@ class Task:
     batch_problems: int
 
     def batches(self) -> list[Sequence[Prompt]]:
-        """The problems cut into batches, in order."""
+        """The problems cut into batches, the longest prompts first.
+
+        Prompts of one batch are padded to its longest. What will not fit into memory is met at the beginning.
+        """
         size = self.batch_problems
-        return [self.prompts[start : start + size] for start in range(0, len(self.prompts), size)]
+        ordered = sorted(self.prompts, key=lambda prompt: -len(prompt.token_ids))
+        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
     def keys(self, prompts: Sequence[Prompt]) -> list[Key]:
         """The keys of every sample of some of its problems."""
