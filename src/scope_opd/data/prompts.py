@@ -247,7 +247,9 @@ def _template_error(error: Exception, row: Row, chat: ChatConfig) -> Exception:
 def _tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, bare: bool) -> list[list[int]]:
     if not texts:
         return []
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=bare, return_attention_mask=False, verbose=False)["input_ids"]
+    # verbose=False: lengths are checked against the model's context, not warned about
+    encoded = tokenizer(list(texts), add_special_tokens=bare, return_attention_mask=False, verbose=False)
+    ids: list[list[int]] = encoded["input_ids"]
     if bare:
         ids = [_trim(token_ids, tokenizer) for token_ids in ids]
     return ids
