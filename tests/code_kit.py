@@ -90,8 +90,13 @@ def processes_in(namespace: int) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and os.stat(entry / "ns" / "pid").st_ino == namespace:
+            if entry.name.isdigit() and os.stat(entry / "ns" / "pid").st_ino == namespace and not ended(entry):
                 found.append(int(entry.name))
         except OSError:
             continue
     return found
+
+
+def ended(process: Path) -> bool:
+    """Whether a process has ended and only waits to be reaped."""
+    return (process / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"

@@ -220,12 +220,35 @@ def test_without_a_sandbox_the_verdicts_are_the_same() -> None:
             assert verifier.judge(row["answer"], loaders.from_humaneval(row)).correct is True
         assert verifier.judge("```python\nprint(1)\n```", STDIO).correct is False
         assert verifier.judge("```python\nprint(sum(map(int, input().split())))\n```", STDIO).correct is True
-        loop = "```python\nimport os\nwhile True: os.getppid()\n```"
-        hasty = CodeVerifier(CodeLimits(timeout_s=0.5), allow_unsandboxed=True)
-        assert hasty.judge(loop, STDIO).reason == "test 1 of 3: time limit of 0.5 s"
-        hasty.close()
     finally:
         verifier.close()
+
+
+def test_without_a_sandbox_the_time_limit_ends_the_whole_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    kill = Sandbox.kill
+
+    def noting(self: Sandbox) -> None:
+        seen.extend(self.processes())
+        kill(self)
+
+    monkeypatch.setattr(Sandbox, "kill", noting)
+    verifier = CodeVerifier(CodeLimits(timeout_s=1), allow_unsandboxed=True)
+    code = "```python\nimport os\nif os.fork() == 0:\n    os.setsid()\nwhile True:\n    os.getppid()\n```"
+    assert verifier.judge(code, STDIO).reason == "test 1 of 3: time limit of 1 s"
+    verifier.close()
+    assert len(seen) == 3
+    until = time.monotonic() + 5
+    while any(map(alive, seen)) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not any(map(alive, seen))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
 
 
 def test_without_bubblewrap_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:

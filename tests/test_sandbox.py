@@ -17,7 +17,7 @@ from scope_opd.verify.sandbox import bubblewrap, driver
 from scope_opd.verify.sandbox.bubblewrap import Launcher
 from scope_opd.verify.sandbox.limits import CodeLimits
 from scope_opd.verify.sandbox.plain import MAX_MESSAGE, NotPlainError, decode, encode, message_of, read_json
-from scope_opd.verify.sandbox.process import Sandbox, Stopped
+from scope_opd.verify.sandbox.process import Sandbox, SandboxFailure, Stopped
 from scope_opd.verify.sandbox.seccomp import filter_program
 
 SECRET = "the-secret-that-must-stay-outside"
@@ -181,7 +181,7 @@ def test_no_process_outside_can_be_signalled(launcher: Launcher) -> None:
 import os, signal
 def f(outside):
     said = [os.getpid(), os.getppid()]
-    for pid in (outside, os.getppid() or -1, -1):
+    for pid in (outside, os.getppid() or outside + 1, -1):
         try:
             os.kill(pid, signal.SIGKILL)
             said.append("sent")
@@ -409,6 +409,18 @@ def test_a_sandbox_closed_from_another_thread_ends_what_waits_for_it(launcher: L
             call()
         assert time.monotonic() - start < 5
         timer.join()
+
+
+def test_a_sandbox_closed_while_it_starts_leaves_nothing_behind(launcher: Launcher) -> None:
+    for from_elsewhere in (False, True) * 5:
+        sandbox = Sandbox(launcher)
+        if from_elsewhere:
+            sandbox.kill()
+            with pytest.raises(SandboxFailure):
+                sandbox.enter()
+        sandbox.close()
+        assert sandbox.first_process is not None
+        assert not Path(f"/proc/{sandbox.first_process}").exists()
 
 
 def test_the_boot_code_sees_neither_the_project_nor_a_virtual_environment() -> None:

@@ -3,8 +3,8 @@
 Inside there are: the C library's folders, the interpreter and its standard library (without site-packages), all
 read-only; four devices (null, zero, random, urandom); a temporary folder of bounded size, the only place that can be
 written; nothing of ``/etc`` but the loader's cache, no ``/proc``, no ``/home``, no ``/root``. No network, an own
-process namespace in which the driver is the first process (when it ends the kernel ends every other one), an empty
-environment.
+process namespace in which the driver is the first process (when it ends the kernel ends every other one, and it ends
+when we do), an empty environment.
 
 The interpreter may lie in a folder that only its owner may enter (``/root/.pyenv``). That decides who drops privileges
 when: run by root, bubblewrap binds the folders as root, keeps nothing but the right to change the user, and the driver
@@ -15,7 +15,7 @@ containers) bubblewrap itself is started as such a user. Run by anybody else, it
 Not covered: errors in the kernel or in bubblewrap; the processor's side channels; CPU time of other programs (a
 solution may keep every core busy until its limit); kernel memory of empty files in the temporary folder, which only
 the time limit bounds; what ``/usr/lib`` holds can be read. Without bubblewrap (``sandboxed=False``) nothing is
-confined: rlimits and a temporary folder, and a program that starts a session of its own outlives its test.
+confined: rlimits and a temporary folder, and a process that has lost its parent outlives its test.
 """
 
 from __future__ import annotations

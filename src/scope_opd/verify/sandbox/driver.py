@@ -24,7 +24,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from scope_opd.verify.sandbox.plain import decode, encode, message_of, read_json
-from scope_opd.verify.sandbox.processes import end_the_rest, fork, run_process
+from scope_opd.verify.sandbox.processes import end_the_rest, fork, inside_alone, run_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -277,11 +277,24 @@ def enter(settings: dict[str, Any]) -> None:
         os.setresuid(settings["uid"], settings["uid"], settings["uid"])
         if 0 in (*os.getresuid(), *os.getresgid()):
             raise PermissionError("still root")
+        die_with_parent()
     sys.set_int_max_str_digits(0)
+    # Twice sure: outside, where the driver has another process id, "every process" would be the user's.
+    inside_alone(settings["sandboxed"] and os.getpid() == 1)
     import builtins
 
     for name in ("exit", "quit"):  # what the site module would have added, and many programs end with
         setattr(builtins, name, _leave)
+
+
+def die_with_parent() -> None:
+    """What bubblewrap's ``--die-with-parent`` had set and the change of user has cleared: prctl(PR_SET_PDEATHSIG)."""
+    import _ctypes  # the C half of ctypes, whose Python half costs several times as much
+
+    everything = _ctypes.dlopen(None, os.RTLD_NOW)  # type: ignore[arg-type]
+    prctl = _ctypes.dlsym(everything, "prctl")
+    if _ctypes.call_function(prctl, (1, 9, 0, 0, 0)) != 0:
+        raise OSError("prctl(PR_SET_PDEATHSIG) failed")
 
 
 def _leave(status: Any = None) -> NoReturn:

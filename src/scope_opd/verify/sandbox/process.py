@@ -60,7 +60,8 @@ class Sandbox:
         self.pidfd: int | None = None
         self.info: int | None = None
         self.first_process: int | None = None
-        self.closed = threading.Lock()
+        self.lock = threading.Lock()
+        self.doomed = self.closed = False
         self.buffer = bytearray()
         try:
             self._start()
@@ -104,6 +105,7 @@ class Sandbox:
             "limits": self.limits.rlimits(processes=launcher.processes()),
             "uid": launcher.user_inside(self.slot),
             "imports": list(self.imports),
+            "sandboxed": launcher.sandboxed,
         }
         # Boot code and first order go at once, so that several sandboxes come up side by side.
         self.unsent = memoryview(launcher.boot_blob + _frame(driver.ENTER, encode(settings).encode("ascii")))
@@ -140,11 +142,14 @@ class Sandbox:
             if not part:
                 raise Stopped("did not start")
             report += part
-        os.close(self.info)
-        self.info = None
-        self.first_process = json.loads(report)["child-pid"]
-        with contextlib.suppress(AttributeError, OSError):  # before Linux 5.3; or it has ended, as the reader will see
-            self.pidfd = os.pidfd_open(self.first_process)
+        with self.lock:
+            os.close(self.info)
+            self.info = None
+            with contextlib.suppress(AttributeError, OSError):  # before Linux 5.3; or it has ended, as the reader sees
+                self.pidfd = os.pidfd_open(json.loads(report)["child-pid"])
+            self.first_process = json.loads(report)["child-pid"]
+        if self.doomed:
+            self.kill()
 
     def send(self, kind: bytes, value: Any, deadline: float) -> None:
         """Send an order whose content is plain data."""
@@ -214,41 +219,61 @@ class Sandbox:
 
     def resident_bytes(self) -> int:
         """Private memory of every process inside, as far as the kernel lists them."""
-        total, todo, page = 0, [self.first_process], os.sysconf("SC_PAGE_SIZE")
-        for _ in range(4 * self.limits.processes):
-            if not todo:
-                break
-            pid = todo.pop()
-            with contextlib.suppress(OSError, ValueError):  # it has ended
-                with open(f"/proc/{pid}/statm") as file:
-                    _, resident, shared, *_ = file.read().split()
+        total, page = 0, os.sysconf("SC_PAGE_SIZE")
+        for pid in self.processes():
+            with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/statm") as file:  # it may have ended
+                _, resident, shared, *_ = file.read().split()
                 total += (int(resident) - int(shared)) * page
-                for task in os.listdir(f"/proc/{pid}/task"):
-                    with open(f"/proc/{pid}/task/{task}/children") as file:
-                        todo += [int(child) for child in file.read().split()]
         return total
 
+    def processes(self) -> list[int]:
+        """The first process inside and its descendants, as far as the kernel lists them."""
+        found = [] if self.first_process is None else [self.first_process]
+        for pid in found:
+            if len(found) > 4 * self.limits.processes:
+                break
+            with contextlib.suppress(OSError, ValueError):  # it may have ended
+                for task in os.listdir(f"/proc/{pid}/task"):
+                    with open(f"/proc/{pid}/task/{task}/children") as file:
+                        found += [int(child) for child in file.read().split()]
+        return found
+
     def kill(self) -> None:
-        """End every process inside, at once; may be called twice, and from any thread."""
-        with self.closed, contextlib.suppress(ProcessLookupError, PermissionError):
-            if self.process.returncode is not None:
+        """End every process inside; may be called twice, and from any thread. One that is still starting ends then."""
+        with self.lock, contextlib.suppress(ProcessLookupError, PermissionError):
+            self.doomed = True
+            if self.closed or self.first_process is None:
                 return
-            if self.pidfd is not None:
+            if not self.launcher.sandboxed:
+                self._kill_tree()
+            elif self.pidfd is not None:
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-            elif self.launcher.sandboxed:
-                self.process.kill()  # --die-with-parent does the rest
-            else:
-                os.killpg(self.process.pid, signal.SIGKILL)
+            elif self.process.poll() is None:
+                os.kill(self.first_process, signal.SIGKILL)
+
+    def _kill_tree(self) -> None:
+        """Without a namespace: stop the driver, so that it starts nothing more, then end it and what it started."""
+        if self.process.poll() is None:
+            os.kill(self.process.pid, signal.SIGSTOP)
+            for pid in reversed(self.processes()):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
         """End it, wait until every process inside is gone, and free what it held."""
+        if self.first_process is None:  # bubblewrap killed halfway would leave a child behind that waits for it
+            with contextlib.suppress(Stopped):
+                self._find_first_process(time.monotonic() + START_TIMEOUT_S)
         self.kill()
+        if self.pidfd is not None:
+            select.select([self.pidfd], [], [], START_TIMEOUT_S)
         try:
             self.process.wait(START_TIMEOUT_S)
         except subprocess.TimeoutExpired:  # pragma: no cover - bubblewrap stopped from outside
             self.process.kill()
             self.process.wait()
-        with self.closed:
+        with self.lock:
+            self.closed = True
             for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
                 if stream is not None:
                     stream.close()
@@ -268,9 +293,9 @@ class Sandbox:
 
     def _complaint(self) -> str:
         """The last line on its error output before the driver took over."""
-        self.kill()
         assert self.process.stderr is not None
-        lines = self.process.stderr.read(SMALL_FRAME).decode("utf-8", "replace").strip().splitlines()
+        os.set_blocking(self.process.stderr.fileno(), False)
+        lines = (self.process.stderr.read(SMALL_FRAME) or b"").decode("utf-8", "replace").strip().splitlines()
         return lines[-1] if lines else ""
 
     def _end(self) -> str:

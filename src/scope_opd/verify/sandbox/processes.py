@@ -12,9 +12,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+_ALONE = [False]
 FORK_ATTEMPTS = 50
 """Tries to start a program, 10 ms apart, before the sandbox itself is called broken."""
 PIPE_CHUNK = 1 << 16
+
+
+def inside_alone(alone: bool) -> None:
+    """Say whether this is a process namespace of our own, so that "every process" is ours to end."""
+    _ALONE[0] = alone
 
 
 def fork() -> int | str:
@@ -125,13 +131,13 @@ def end_the_rest(child: int) -> None:
     import signal
 
     try:
-        if os.getpid() == 1:  # the sandbox's own process namespace: everything in it but us
+        if _ALONE[0]:  # everything in the sandbox's own process namespace but us
             os.kill(-1, signal.SIGKILL)
         else:
             os.killpg(child, signal.SIGKILL)
     except ProcessLookupError:
         pass
-    while os.getpid() == 1:  # whatever it started is ours to reap
+    while _ALONE[0]:  # the first process of a namespace reaps what lost its parent
         try:
             os.waitpid(-1, 0)
         except ChildProcessError:
