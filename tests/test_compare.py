@@ -124,6 +124,8 @@ def test_mistakes_are_one_line(three: list[Path], tmp_path: Path, capsys: pytest
     short["benchmarks"]["aime"]["problems"].pop()
     foreign["benchmarks"] = {"math": base["benchmarks"]["aime"]}
     odd["format"] = "other"
+    hollow, wrong = {"format": base["format"]}, copy.deepcopy(base)
+    wrong["benchmarks"]["aime"]["problems"][0]["correct"] = N + 1
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "results.json").write_text('{"format')
@@ -131,6 +133,8 @@ def test_mistakes_are_one_line(three: list[Path], tmp_path: Path, capsys: pytest
         write(tmp_path / "short", short): "aime: short lacks 1 problems of base and has 0 others ('aime-29' ...)",
         write(tmp_path / "foreign", foreign): "no benchmark that all have: base has aime, amc; foreign has math",
         write(tmp_path / "odd", odd): "format 'other'",
+        write(tmp_path / "hollow", hollow): "no 'benchmarks'",
+        write(tmp_path / "wrong", wrong): f"{N + 1} correct of {N}",
         tmp_path / "empty": "finish that evaluation first",
         tmp_path / "gone": "no results.json",
         tmp_path / "broken": "results of scope eval",

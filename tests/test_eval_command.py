@@ -215,6 +215,36 @@ def test_prompts_are_what_the_options_ask_for(tiny: Path, tmp_path: Path, capsys
         assert f"first prompt: {expected}" in capsys.readouterr().err
 
 
+def test_the_preset_s_limit_is_lowered_to_what_the_context_leaves_and_that_is_said(tiny: Path, tmp_path: Path) -> None:
+    from scope_opd.cli.eval_model import from_model
+    from scope_opd.cli.eval_settings import build_config
+
+    path = write(tmp_path / "p.jsonl", [{"id": str(i), "problem": "1+1?" * (i + 1), "answer": "2"} for i in range(3)])
+    config = build_config(str(tiny), None, sampling_options("paper", str(tiny), {}), {"template": "none"})
+    options: Any = {"suffix": None, "preset": "paper", "dtype": "auto"}
+    prepared = from_model(config, [f"mine={path}"], lower_max_tokens=True, **options)
+    prepared.close()
+    longest = max(len(prompt.token_ids) for prompt in prepared.tasks[0].prompts)
+    assert prepared.tasks[0].params.max_tokens == 8192 - longest
+    assert prepared.settings["benchmarks"]["mine"]["max_tokens"] == 8192 - longest
+    assert any("in place of 32768" in line for line in prepared.lines)
+
+
+def test_a_literal_box_of_two_braces_is_reported_and_mended_only_on_request(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample = data_file("train/scope_train_sample.parquet")
+    command = ["eval", "--model", str(tiny), "--template", "none", "--benchmark", f"verl={sample}", "--problems", "2"]
+    command += ["--n", "1", "--max-tokens", "2"]
+    hashes = []
+    for options, shown in (([], "--fix-double-braces mends it"), (["--fix-double-braces"], "mended in 2 of 2 prompts")):
+        out = tmp_path / str(len(hashes))
+        assert main([*command, *options, "--out", str(out)]) == 0
+        assert shown in capsys.readouterr().err
+        hashes.append(results_of(out)["benchmarks"]["verl"]["data"]["content_sha256"])
+    assert hashes[0] != hashes[1]
+
+
 # --- stored responses ----------------------------------------------------------
 
 
@@ -255,6 +285,40 @@ def test_rows_without_a_problem_id_are_problems_of_their_own_and_that_is_said(
     assert metrics["length"] == {"unit": "tokens", "mean": 4.0, "median": 5.0, "p95": 7.0}
 
 
+def test_how_a_problem_s_samples_ended_is_not_known_where_one_row_does_not_say(tmp_path: Path) -> None:
+    ends = [("a", "length"), ("a", "stop"), ("b", "length"), ("b", None)]
+    rows = [{"prediction": "1", "answer": "1", "problem_id": p, "finish_reason": end} for p, end in ends]
+    assert main(["eval", "--responses", str(write(tmp_path / "r.jsonl", rows)), "--out", str(tmp_path / "out")]) == 0
+    entry = results_of(tmp_path / "out")["benchmarks"]["r"]
+    assert [problem["truncated"] for problem in entry["problems"]] == [1, None]
+    assert entry["metrics"]["truncated"] is None
+
+
+def test_eval_and_verify_agree_whose_tolerance_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"prediction": r"\boxed{1.3}", "answer": {"any_of": ["1"], "tolerance": 0.5}, "tolerance": 0.1},
+        {"prediction": r"\boxed{1.3}", "answer": {"any_of": ["1"], "tolerance": 0.1}, "tolerance": 0.5},
+        {"prediction": r"\boxed{1.3}", "answer": "1", "tolerance": 0.5},
+        {"prediction": r"\boxed{1.3}", "answer": "1"},
+    ]
+    path = write(tmp_path / "r.jsonl", rows)
+    assert main(["verify", str(path), "--tolerance", "0.4"]) == 0
+    verified = [json.loads(line)["correct"] for line in capsys.readouterr().out.splitlines()]
+    assert main(["eval", "--responses", str(path), "--tolerance", "0.4", "--out", str(tmp_path / "out")]) == 0
+    problems = results_of(tmp_path / "out")["benchmarks"]["r"]["problems"]
+    assert verified == [problem["correct"] == 1 for problem in problems] == [True, False, True, True]
+
+
+def test_csv_responses_may_have_every_column(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    header = "prediction,answer,problem_id,tokens,finish_reason,tolerance\n"
+    path.write_text(header + r"\boxed{1.3},1,a,12,stop,0.5" + "\n" + r"\boxed{1},1,b,9,length," + "\n")
+    assert main(["eval", "--responses", str(path), "--out", str(tmp_path / "out")]) == 0
+    entry = results_of(tmp_path / "out")["benchmarks"]["r"]
+    assert [(p["id"], p["correct"], p["lengths"]) for p in entry["problems"]] == [("a", 1, [12]), ("b", 1, [9])]
+    assert entry["metrics"]["truncated"] == 0.5
+
+
 # --- mistakes ------------------------------------------------------------------
 
 
@@ -276,7 +340,7 @@ def test_rows_without_a_problem_id_are_problems_of_their_own_and_that_is_said(
         (["--benchmark", "mine=FILE", "--template", "gone.jinja"], "--template = 'gone.jinja'"),
         (["--benchmark", "mine=FILE", "--device", "cuda:99"], "cuda:99"),
         (["--benchmark", "mine=FILE", "--responses", "FILE"], "--model and --responses both"),
-        (["--benchmark", "mine=FILE", "--preset", "paper"], "give --max-tokens 8"),
+        (["--benchmark", "mine=FILE", "--max-tokens", "32768"], "give --max-tokens 8"),
     ],
 )
 def test_mistakes_are_one_line_with_a_remedy(
@@ -305,6 +369,8 @@ def test_mistakes_are_one_line_with_a_remedy(
         ([{"prediction": "1", "answer": "1"}], ["--map", "gold=answer"], "OURS=THEIRS"),
         ([{"prediction": "1", "answer": "1"}], ["--map", "answer=gold"], "no column 'gold'"),
         ([{"prediction": "1", "answer": "1"}], ["--n", "3"], "--n with --responses"),
+        ([{"prediction": "1", "answer": "1"}], ["--max-rows", "3"], "--max-rows with --responses"),
+        ([{"prediction": "half \ud83d", "answer": "1"}], [], "line 1: half of a character"),
         ([], [], "is empty"),
     ],
 )

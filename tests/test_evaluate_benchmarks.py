@@ -125,6 +125,28 @@ def test_a_benchmark_with_a_row_missing_is_refused_and_its_first_rows_on_request
     assert (len(mine.rows), mine.data["partial"], mine.data["rows"]) == (5, True, 29)
 
 
+def test_a_file_may_be_the_hub_s_version_or_the_usual_copy(tmp_path: Path) -> None:
+    entry = TABLE["olympiadbench"]
+    rows = [{"id": str(i), "problem": f"p{i}", "answer": "1"} for i in range(676)]
+    for count in (entry.rows, entry.copy_rows):
+        path = write(tmp_path / f"{count}.jsonl", rows[:count])
+        assert load(f"olympiadbench={path}").data["expected_rows"] == count
+    with pytest.raises(DataError, match="676 rows; expected the 674 or 675"):
+        load(f"olympiadbench={write(tmp_path / '676.jsonl', rows)}")
+
+
+def test_a_missing_column_is_named_in_words_that_this_command_knows(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", [{"question": "p", "answer": "1"}])
+    with pytest.raises(DataError, match=r"no column 'problem' .* rename yours: problem, answer"):
+        load(f"mine={path}")
+
+
+def test_integers_beyond_the_floats_are_answers_and_no_tolerances() -> None:
+    assert parse_math_gold(10**400).alternatives == (("1" + "0" * 400,),)
+    with pytest.raises(ValueError, match="tolerance = 1000"):
+        parse_math_gold({"any_of": ["1"], "tolerance": 10**400})
+
+
 def test_the_zoo_is_a_benchmark() -> None:
     found = load("zoo", problems=3)
     assert (len(found.rows), found.data["rows"], found.benchmark.suffix) == (3, 400, "")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -58,7 +59,7 @@ def parse_tolerance(value: Any) -> Tolerance:
     """
     if isinstance(value, str) and (share := _SHARE.fullmatch(value.strip())):
         return Tolerance(relative=float(share[1]) / 100)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max:
         return Tolerance(absolute=float(value))
     raise ValueError(f'tolerance = {value!r}; expected a number >= 0 or a share such as "1%"')
 
@@ -143,7 +144,9 @@ def _alternative(item: Any) -> tuple[str, ...]:
 def _text(answer: Any) -> str:
     if isinstance(answer, str) and answer.strip():
         return answer
-    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        return str(answer)  # of any length: floats end at 309 digits
+    if isinstance(answer, float) and math.isfinite(answer):
         return format(Decimal(repr(answer)), "f")
     raise ValueError(f"the answer is {_shown(answer)}; expected a text that is not empty, or a finite number")
 

@@ -15,8 +15,8 @@ from typing import Any
 from scope_opd.cli.data_files import write_rows
 from scope_opd.data.dataset import DataSet, read_dataset, read_raw
 from scope_opd.data.overlap import Match, Overlap
-from scope_opd.data.rows import Columns, Row
-from scope_opd.errors import ConfigError
+from scope_opd.data.rows import NAME_COLUMNS, Columns, Row
+from scope_opd.errors import ConfigError, DataError
 from scope_opd.records import dumps
 
 SHOWN_CHARACTERS = 100
@@ -84,16 +84,24 @@ def check(options: CheckOptions) -> Checked:
     """
     start = time.perf_counter()
     problem, answer, identity = options.columns
-    train = read_dataset(source_of(options.train), Columns(problem, answer, identity), on_bad_row="skip")
-    against = [
-        read_dataset(source_of(name), Columns(options.against_problem_column, None), on_bad_row="skip")
-        for name in options.against
-    ]
+    train = _read(options.train, Columns(problem, answer, identity), "--problem-column, --answer-column or --id-column")
+    held_out_columns = Columns(options.against_problem_column, None)
+    against = [_read(name, held_out_columns, "--against-problem-column") for name in options.against]
     held_out = [(index, row) for index, data in enumerate(against) for row in data.rows]
     found = Overlap([row.problem for _, row in held_out], options.ngram, options.overlap)
     for place, row in enumerate(train.rows):
         found.add(row.problem, place)
     return Checked(train, against, held_out, found, time.perf_counter() - start)
+
+
+def _read(name: str, columns: Columns, options: str) -> DataSet:
+    """A set, and where a column is not there the options that name it."""
+    try:
+        return read_dataset(source_of(name), columns, on_bad_row="skip")
+    except DataError as error:
+        if error.remedy != NAME_COLUMNS:
+            raise
+        raise DataError(error.found, error.expected, f"name yours with {options}") from None
 
 
 def source_of(name: str) -> str:

@@ -58,6 +58,7 @@ def evaluate(
     max_tokens: int | None = None,
     seed: int | None = None,
     problems: int | None = None,
+    fix_double_braces: Annotated[bool, Parameter(negative="")] = False,
     template: str | None = None,
     system: str | None = None,
     suffix: str | None = None,
@@ -101,7 +102,8 @@ def evaluate(
     map_
         OURS=THEIRS: a column of the responses that has another name; may be repeated.
     preset
-        paper: n 32, temperature 0.6, top-p 0.95, top-k 20, 32768 tokens. Options win over it.
+        paper: n 32, temperature 0.6, top-p 0.95, top-k 20, 32768 tokens or what the model's context leaves. Options
+        win over it.
     n
         Samples a problem. Default 8.
     temperature
@@ -118,6 +120,8 @@ def evaluate(
         Of the samples. Default 0.
     problems
         Take the first N problems of each benchmark only; the results say so.
+    fix_double_braces
+        Mend a literal \\boxed{{}} in problems, as data.fix_double_braces does in training.
     template
         none for the bare problem, or a Jinja file; default: the tokenizer's own chat template.
     system
@@ -175,7 +179,10 @@ def evaluate(
     }
     if responses is not None:
         idle = {**given, "preset": preset, "benchmark": benchmark, "template": template, "system": system,
-                "suffix": suffix, "chat": chat, "revision": revision}  # fmt: skip
+                "suffix": suffix, "chat": chat, "stop_token_id": stop_token_id, "revision": revision, "attn": attn,
+                "trust_remote_code": trust_remote_code or None, "fix_double_braces": fix_double_braces or None,
+                "dtype": None if dtype == "auto" else dtype, "device": None if device == "auto" else device,
+                "max_rows": None if max_rows == MAX_ROWS else max_rows}  # fmt: skip
         for name, value in idle.items():
             if value is not None:
                 option = "--" + name.replace("_", "-")
@@ -213,7 +220,15 @@ def evaluate(
     def prepare() -> Prepared:
         from scope_opd.cli.eval_model import from_model
 
-        return from_model(config, benchmark, suffix=suffix, preset=preset, dtype=dtype)
+        return from_model(
+            config,
+            benchmark,
+            suffix=suffix,
+            preset=preset,
+            dtype=dtype,
+            lower_max_tokens=preset is not None and max_tokens is None,
+            fix_double_braces=fix_double_braces,
+        )
 
     return run(out, prepare)
 
@@ -338,7 +353,8 @@ def _record_run(store: Any, meter: Any, began: float) -> None:
 
 
 def _from_responses(path: Path, mapped: Sequence[str], config: Config) -> Prepared:
-    from scope_opd.evaluate.loading import content_sha256, file_sha256
+    from scope_opd.data.dataset import file_sha256
+    from scope_opd.evaluate.loading import content_sha256
     from scope_opd.evaluate.responses import StoredSampler, parse_map, read_responses
     from scope_opd.evaluate.session import Task
     from scope_opd.types import SamplingParams

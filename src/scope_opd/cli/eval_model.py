@@ -40,14 +40,32 @@ _NO_LIMIT = 1 << 30
 _IDENTITY_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt", "*.py")
 
 
-def from_model(config: Config, names: Sequence[str], *, suffix: str | None, preset: str | None, dtype: str) -> Prepared:
+def from_model(
+    config: Config,
+    names: Sequence[str],
+    *,
+    suffix: str | None,
+    preset: str | None,
+    dtype: str,
+    lower_max_tokens: bool = False,
+    fix_double_braces: bool = False,
+) -> Prepared:
     """Everything that an evaluation of ``config.model`` needs, without its weights.
+
+    Args:
+        config: the model, its prompts, sampling and judging.
+        names: ``NAME`` or ``NAME=PATH``, each benchmark once.
+        suffix: behind each problem; None: the benchmark's own.
+        preset: recorded.
+        dtype: of the weights, or "auto".
+        lower_max_tokens: lower ``max_tokens`` to what the model's context leaves, and say so, in place of an error.
+        fix_double_braces: mend ``\\boxed{{}}`` in prompts.
 
     Raises:
         ScopeError: anything that is wrong with benchmarks, data, prompts or settings.
     """
     limit = config.eval.problems if "problems" in config.eval.model_fields_set else None
-    loaded = [load_benchmark(*each, problems=limit) for each in _distinct(names)]
+    loaded = [load_benchmark(*each, problems=limit, fix_double_braces=fix_double_braces) for each in _distinct(names)]
     device = resolve_device(config.train.device)
     weights = dtype if dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     identity = model_identity(config)
@@ -58,7 +76,7 @@ def from_model(config: Config, names: Sequence[str], *, suffix: str | None, pres
     if any(each.benchmark.verifier == "answers" for each in loaded):
         answers = build_answer_verifier(config.verify)
     try:
-        tasks = [_task(config, each, tokenizer, context, answers, suffix) for each in loaded]
+        tasks = [_task(config, each, tokenizer, context, answers, suffix, lower_max_tokens) for each in loaded]
         if answers is not None:
             answers.prepare(prompt for task in tasks if task.verifier is answers for prompt in task.prompts)
     except BaseException:
@@ -104,6 +122,13 @@ def from_model(config: Config, names: Sequence[str], *, suffix: str | None, pres
         },
     }
     lines = [_described(each) for each in loaded]
+    lines += [f"note: {note}" for each in loaded for note in each.notes]
+    lines += [
+        f"note: {task.name}: at most {task.params.max_tokens} response tokens in place of {config.eval.max_tokens}, "
+        f"all that the context of {config.model.path} ({context}) leaves behind the longest prompt"
+        for task in tasks
+        if config.eval.max_tokens is not None and task.params.max_tokens < config.eval.max_tokens
+    ]
     lines.append(f"first prompt: {tasks[0].prompts[0].text!r}")
 
     def open_sampler() -> LocalSampler:
@@ -143,12 +168,16 @@ def _task(
     context: int | None,
     answers: AnswerVerifier | None,
     suffix: str | None,
+    lower_max_tokens: bool,
 ) -> Task:
     benchmark = loaded.benchmark
     chat = config.chat.model_copy(update={"suffix": _suffix(loaded, suffix)})
     max_tokens = config.eval.max_tokens or benchmark.max_tokens
     prompts = render_prompts(loaded.rows, tokenizer, chat, max_prompt_tokens=_NO_LIMIT)
     if context is not None:
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        if lower_max_tokens and longest < context:
+            max_tokens = min(max_tokens, context - longest)
         _check_room(prompts, loaded.rows, max_tokens, context, config.model.path)
     named = [
         Prompt(prompt_id(benchmark.name, p.id), p.problem, p.answer, p.token_ids, p.text, p.fields) for p in prompts
@@ -195,7 +224,7 @@ def _described(loaded: Loaded) -> str:
     line = f"{loaded.benchmark.name}: {len(loaded.rows)} problems from {data['source']}"
     if data["partial"]:
         line += f", the first of {data['rows'] - data['left_out']}"
-    return line + (f"; {data['left_out']} left out, which need a checker of their own" if data["left_out"] else "")
+    return line + (f"; {data['left_out']} left out, which outputs alone cannot judge" if data["left_out"] else "")
 
 
 def _open_sampler(

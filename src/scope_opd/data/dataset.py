@@ -107,7 +107,7 @@ def read_dataset(
         rows = check_rows(records, wanted, source=name, max_rows=max_rows, skipped=kept)
         layout = layouts[0]
         sha256 = file_sha256(name)
-    rows, notes = _double_braces(rows, name, fix=fix_double_braces)
+    rows, notes = double_braces(rows, name, fix=fix_double_braces)
     if is_hub(name) and revision is None and not parse_hub(name).is_folder:
         notes.append(f"{name}: read from the local cache, its revision is not known")
     return DataSet(name, rows, skipped, notes, layout, revision, sha256)
@@ -155,13 +155,15 @@ def _told_layout(records: Iterator[Record], columns: Columns, layouts: list[str]
         yield place, values
 
 
-def _double_braces(rows: list[Row], source: str, *, fix: bool) -> tuple[list[Row], list[str]]:
-    """Count, and on request mend, what a format string left behind."""
+def double_braces(
+    rows: list[Row], source: str, *, fix: bool, option: str = "data.fix_double_braces"
+) -> tuple[list[Row], list[str]]:
+    """Count, and on request mend, what a format string left behind; ``option`` is how to request it."""
     found = [index for index, row in enumerate(rows) if DOUBLE_BRACES in _prompt_text(row)]
     if not found:
         return rows, []
     if not fix:
-        note = f"{len(found)} of {len(rows)} prompts hold a literal {DOUBLE_BRACES}; data.fix_double_braces mends it"
+        note = f"{len(found)} of {len(rows)} prompts hold a literal {DOUBLE_BRACES}; {option} mends it"
         return rows, [f"{source}: {note}"]
     for index in found:
         row = rows[index]

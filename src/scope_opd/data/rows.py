@@ -25,6 +25,8 @@ from scope_opd.gold import answer_from_text, check_answer
 
 MAX_FIELD_CHARACTERS = 200
 """Text columns beyond this are not carried along with a prompt: they are solutions and traces, not labels."""
+NAME_COLUMNS = "name yours with data.problem_column, data.answer_column or data.id_column"
+"""The remedy for a column that is not there, in the words of a config; commands put their own in its place."""
 _ABSENT = object()
 
 
@@ -227,19 +229,25 @@ def _row(values: Mapping[str, Any], names: Columns, where: str, numbered: str, h
     for name in names.extra:
         if _is_label(value := pick(values, name)):
             fields[name] = value
-    row = Row(row_id, problem, answer, where, fields, messages)
-    _check_text(row)
-    return row
+    check_text([row_id, problem, messages, answer, fields], where)
+    return Row(row_id, problem, answer, where, fields, messages)
 
 
-def _check_text(row: Row) -> None:
-    """JSON can write half of a character; no tokenizer and no file takes it."""
+def check_text(values: Any, where: str) -> None:
+    """Refuse half of a character, which JSON can write: no tokenizer and no file takes it.
+
+    Args:
+        values: of a row, as JSON knows them.
+        where: file and row.
+
+    Raises:
+        DataError: some text among them holds one.
+    """
     try:
-        "".join([row.id, row.problem, *(message["content"] for message in row.messages)]).encode()
-        json.dumps([row.answer, row.fields], ensure_ascii=False).encode()
+        json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{row.where}: half of a character (the code {error.object[error.start]!r})", "text", "mend or drop the row"
+            f"{where}: half of a character (the code {error.object[error.start]!r})", "text", "mend or drop the row"
         ) from None
 
 
@@ -247,7 +255,7 @@ def _no_column(name: str, names: Iterable[str], where: str) -> DataError:
     return DataError(
         f"{where}: no column {name!r} among {', '.join(map(str, names)) or 'none'}",
         f"a column {name!r}",
-        "name yours with data.problem_column, data.answer_column or data.id_column",
+        NAME_COLUMNS,
     )
 
 

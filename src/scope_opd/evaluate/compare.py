@@ -193,6 +193,14 @@ def _read(file: Path) -> Mapping[str, Any]:
     if not isinstance(results, dict) or results.get("format") != FORMAT:
         found = results.get("format") if isinstance(results, dict) else type(results).__name__
         raise DataError(f"{file}: format {found!r}", f"{FORMAT!r}, the results of scope eval", "name results.json")
+    try:
+        for entry in results["benchmarks"].values():
+            figures(*counts_of(entry), [1])
+            _ = results["settings"].keys(), entry["data"].keys(), entry["metrics"]["n"]
+            _ = {problem["id"] for problem in entry["problems"]}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{file}: {reason}", "the results of scope eval, as it wrote them", "evaluate again") from None
     return results
 
 

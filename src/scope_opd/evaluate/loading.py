@@ -12,13 +12,14 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scope_opd.data.dataset import double_braces, file_sha256
 from scope_opd.data.files import file_records
 from scope_opd.data.hub import is_hub, load_hub
-from scope_opd.data.rows import Row, check_rows
+from scope_opd.data.rows import NAME_COLUMNS, Row, check_rows
 from scope_opd.errors import DataError
 from scope_opd.evaluate.benchmarks import TABLE, Benchmark, custom
 
@@ -31,11 +32,13 @@ class Loaded:
         rows: those to evaluate.
         data: source, sha256 (of a file), revision (of a hub data set), content_sha256 (of ids, problems and gold
             answers, however they are stored), rows, expected_rows, left_out (rows that cannot be judged), partial.
+        notes: what is worth knowing, a line each.
     """
 
     benchmark: Benchmark
     rows: list[Row]
     data: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
 
 
 def parse_benchmark(text: str) -> tuple[Benchmark, str | None]:
@@ -61,18 +64,21 @@ def parse_benchmark(text: str) -> tuple[Benchmark, str | None]:
     )
 
 
-def load_benchmark(benchmark: Benchmark, place: str | None, *, problems: int | None = None) -> Loaded:
+def load_benchmark(
+    benchmark: Benchmark, place: str | None, *, problems: int | None = None, fix_double_braces: bool = False
+) -> Loaded:
     """Read a benchmark.
 
     Args:
         benchmark: what it is.
         place: a local file or a hub data set in place of the table's; None: the zoo's or the hub's.
         problems: take the first N rows only.
+        fix_double_braces: mend ``\\boxed{{}}`` in prompts; without it their number is noted.
 
     Raises:
         DataError: it cannot be read, a row cannot be used, or there are more or fewer rows than it has.
     """
-    expected = benchmark.rows
+    expected = [] if benchmark.rows is None else [benchmark.rows]
     if benchmark.verifier == "zoo" and place is None:
         from scope_opd.zoo import data_path
 
@@ -85,26 +91,31 @@ def load_benchmark(benchmark: Benchmark, place: str | None, *, problems: int | N
         records = file_records(path)
         data = {"source": place, "sha256": file_sha256(path) if path.is_file() else None, "revision": None}
         source = str(path)
-        expected = benchmark.copy_rows or expected
+        expected += [] if benchmark.copy_rows is None else [benchmark.copy_rows]
     else:
         source = place or benchmark.source
         table = load_hub(source)
         records = table.rows()
         data = {"source": source, "sha256": None, "revision": table.revision}
     left_out: list[str] = []
-    rows = check_rows(_adapted(records, benchmark, left_out), source=source)
+    try:
+        rows = check_rows(_adapted(records, benchmark, left_out), source=source)
+    except DataError as error:
+        if error.remedy != NAME_COLUMNS:
+            raise
+        raise DataError(error.found, error.expected, "rename yours: problem, answer and perhaps id") from None
     found = len(rows) + len(left_out)
-    if expected is not None and found != expected:
+    if expected and found not in expected:
         raise DataError(
             f"{benchmark.name} from {source} has {found} rows",
-            f"the {expected} of the whole benchmark",
+            f"the {' or '.join(map(str, expected))} of the whole benchmark",
             "get the whole file; for a set of your own, give it another name (--benchmark MINE=PATH)",
         )
-    taken = rows[:problems]
+    taken, notes = double_braces(rows[:problems], source, fix=fix_double_braces, option="--fix-double-braces")
     partial = len(taken) < len(rows)
     data["content_sha256"] = content_sha256((row.id, row.problem, row.answer) for row in taken)
-    data |= {"rows": found, "expected_rows": expected, "left_out": len(left_out), "partial": partial}
-    return Loaded(benchmark, taken, data)
+    data |= {"rows": found, "expected_rows": found if expected else None, "left_out": len(left_out), "partial": partial}
+    return Loaded(benchmark, taken, data, notes)
 
 
 def _adapted(
@@ -134,9 +145,3 @@ def content_sha256(problems: Iterable[tuple[str, str, Any]]) -> str:
     for problem in problems:
         digest.update(json.dumps(problem, sort_keys=True, ensure_ascii=True).encode() + b"\n")
     return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

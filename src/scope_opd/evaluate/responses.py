@@ -2,7 +2,8 @@
 
 Rows have ``prediction`` and ``answer`` (any gold form), and where they are there ``id``, ``problem_id`` (rows that
 share it are samples of one problem; without it each row is a problem of its own), ``problem``, ``tolerance``,
-``finish_reason`` and ``tokens`` (the response's length).
+``finish_reason`` and ``tokens`` (the response's length). In a csv file, which knows neither null nor numbers, an empty
+field is absent and digits are a number.
 
 Not covered: rows that hold several predictions.
 """
@@ -10,11 +11,13 @@ Not covered: rows that hold several predictions.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scope_opd.data.files import file_records
+from scope_opd.data.files import file_records, suffix_of
+from scope_opd.data.rows import check_text
 from scope_opd.errors import ConfigError, DataError
 from scope_opd.evaluate.session import prompt_id
 from scope_opd.gold import answer_from_text, check_answer, is_code, parse_math_gold, parse_tolerance
@@ -82,6 +85,7 @@ def read_responses(path: str | Path, columns: Mapping[str, str], *, name: str) -
         DataError: naming file and row.
     """
     source = str(path)
+    is_csv = suffix_of(Path(path)) == ".csv"
     prompts: dict[str, Prompt] = {}
     rollouts: dict[str, list[Rollout]] = {}
     gold: dict[str, Any] = {}
@@ -99,6 +103,9 @@ def read_responses(path: str | Path, columns: Mapping[str, str], *, name: str) -
                     "it in every row",
                     f"name it with --map {field}=COLUMN",
                 )
+        if is_csv:
+            values = _from_csv(values)
+        check_text([value for value in values.values() if isinstance(value, str | dict)], where)
         has_problem = values["problem_id"] is not None
         grouped = has_problem if grouped is None else grouped
         if has_problem != grouped:
@@ -130,6 +137,18 @@ def read_responses(path: str | Path, columns: Mapping[str, str], *, name: str) -
     return Responses(list(prompts.values()), rollouts, bool(grouped))
 
 
+def _from_csv(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of text as the types that other files have; what does not fit is left for the checks to name."""
+    found: dict[str, Any] = {
+        name: value if value != "" or name in ("prediction", "answer") else None for name, value in values.items()
+    }
+    for name, kind in (("tokens", int), ("tolerance", float)):
+        if found[name] is not None:
+            with suppress(ValueError):
+                found[name] = kind(found[name])
+    return found
+
+
 def _answer(values: Mapping[str, Any], where: str) -> Any:
     answer = answer_from_text(values["answer"])
     try:
@@ -139,7 +158,10 @@ def _answer(values: Mapping[str, Any], where: str) -> Any:
         if is_code(answer):
             raise ValueError("a tolerance beside a code answer; expected none")
         parse_tolerance(values["tolerance"])
-        forms = [list(parts) for parts in parse_math_gold(answer).alternatives]
+        gold = parse_math_gold(answer)
+        if gold.tolerance is not None:
+            return answer  # its own wins, as in scope verify
+        forms = [list(parts) for parts in gold.alternatives]
         written = [parts[0] if len(parts) == 1 else {"all_of": parts} for parts in forms]
         return {"any_of": written, "tolerance": values["tolerance"]}
     except ValueError as error:

@@ -122,12 +122,13 @@ def counts_of(entry: Mapping[str, Any]) -> tuple[np.ndarray[Any, Any], np.ndarra
 
 def _problem(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     answers = {normalise(row["extracted"]) for row in rows if row["extracted"] is not None}
+    endings = [row["finish_reason"] for row in rows]
     return {
         "id": name,
         "n": len(rows),
         "correct": sum(row["correct"] is True for row in rows),
         "no_verdict": sum(row["correct"] is None for row in rows),
-        "truncated": sum(row["finish_reason"] == "length" for row in rows),
+        "truncated": sum(ends == "length" for ends in endings) if all(endings) else None,
         "distinct": len(answers),
         "tokens": [row["tokens"] for row in rows],
         "characters": [row["characters"] for row in rows],
