@@ -11,6 +11,7 @@ import re
 from dataclasses import replace
 from fractions import Fraction
 
+from scope_opd.gold import Tolerance
 from scope_opd.verify.math import symbolic
 from scope_opd.verify.math.compare_sets import (
     INDEX,
@@ -45,6 +46,10 @@ def same(found: Shape, gold: Shape, context: Context) -> bool:
         return same(found.items[0], gold, context)
     if isinstance(gold, Many) and len(gold.items) == 1 and not isinstance(found, Many):
         return same(found, gold.items[0], context)
+    if isinstance(found, Relation) and r"\approx" in found.operators:
+        return _same_approximated(found, gold, context)
+    if isinstance(gold, Relation) and r"\approx" in gold.operators:
+        return same(found, _exact_part(gold), context)
     if is_empty(gold) or is_empty(found):
         return is_empty(gold) and is_empty(found)
     if isinstance(gold, Named) or isinstance(found, Named):
@@ -69,9 +74,12 @@ def same(found: Shape, gold: Shape, context: Context) -> bool:
         return answers_equation(gold, found, context) or same_sets(found, gold, context)
     if isinstance(found, Relation) and isinstance(gold, Value | Words):
         return answers_equation(found, gold, context, found_is_relation=True) or same_sets(found, gold, context)
-    if isinstance(found, Many) and not found.braces and isinstance(gold, Value | Words) and found.items:
-        if all(same(item, gold, context) for item in found.items):
-            return True  # 5 or 5.0
+    if (
+        (isinstance(found, Many) and found.items and not found.braces)
+        and isinstance(gold, Value | Words)
+        and all(same(item, gold, context) for item in found.items)
+    ):
+        return True  # 5 or 5.0
     if (isinstance(gold, Many) and isinstance(found, Group)) or (isinstance(found, Many) and isinstance(gold, Group)):
         return _same_list_and_tuple(found, gold, context) or same_sets(found, gold, context)
     if isinstance(gold, Value) and gold.grouped and isinstance(found, Many):
@@ -83,6 +91,26 @@ def same(found: Shape, gold: Shape, context: Context) -> bool:
     if (isinstance(gold, Words) and isinstance(found, Value)) or (isinstance(gold, Value) and isinstance(found, Words)):
         return same_words_and_value(found, gold, context)
     return same_sets(found, gold, context)
+
+
+def _exact_part(relation: Relation) -> Shape:
+    at = relation.operators.index(r"\approx")
+    spelt = [part for pair in zip(relation.sides[:at], relation.operators[:at], strict=True) for part in pair]
+    return read(" ".join([*spelt, relation.sides[at]]))
+
+
+def _same_approximated(found: Relation, gold: Shape, context: Context) -> bool:
+    """``exact = formula`` with an approximation behind it that fits: either of them may be the answer."""
+    at = found.operators.index(r"\approx")
+    if at + 2 != len(found.sides):
+        return False
+    exact, rounded = _exact_part(found), read(found.sides[-1])
+    decimals = rounded.number.decimals if isinstance(rounded, Value) and rounded.number else None
+    loose = replace(context, tolerance=Tolerance(absolute=0.99 * 10.0 ** -(decimals or 0)))
+    value = exact.value if isinstance(exact, Named) else exact
+    if not same(rounded, value, loose):
+        return False
+    return same(exact, gold, context) or same(rounded, gold, context)
 
 
 def _same_letters(found: Shape, gold: Shape) -> bool:
@@ -198,12 +226,11 @@ def _same_list_and_tuple(found: Shape, gold: Shape, context: Context) -> bool:
 
 
 def _same_matrix(found: Shape, gold: Shape, context: Context) -> bool:
-    rows = [_rows(side) for side in (found, gold)]
-    if rows[0] is None or rows[1] is None:
+    left, right = _rows(found), _rows(gold)
+    if left is None or right is None:
         if isinstance(found, Matrix | Value) and isinstance(gold, Matrix | Value):
             return symbolic.same_formula(found.latex, gold.latex, None, (None, None), Fraction(1))
         return False
-    left, right = rows
     if isinstance(found, Group) or isinstance(gold, Group):  # a vector written as a tuple
         left, right = [
             [[item] for row in side for item in row] if 1 in (len(side), len(side[0])) else side

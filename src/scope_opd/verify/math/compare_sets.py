@@ -60,7 +60,10 @@ def same_named(found: Shape, gold: Shape, context: Context) -> bool:
     if isinstance(gold, Named):
         if isinstance(found, Relation):
             return same_relation(found, _equation(gold), context, curves=True)
-        return same(found, gold.value, context)
+        if same(found, gold.value, context):
+            return True
+        product = re.fullmatch(r"[a-z]{2,3}", gold.name) is not None  # xy = 6
+        return product and isinstance(found, Value | Words) and answers_equation(_equation(gold), found, context)
     return False
 
 
@@ -256,8 +259,10 @@ def _pieces(shape: Shape) -> list[Piece] | None:
         if shape.joint != "or" and any(isinstance(item, Relation) for item in shape.items):
             return None  # "x > 1 and x < 5": left to the sets
         if shape.braces or not any(isinstance(item, Relation | Group | Unite) for item in shape.items):
-            points = [latex_of(item) for item in shape.items]
-            return [Piece(point, False, point, False) for point in points] if all(points) and shape.braces else None
+            members = [latex_of(item) for item in shape.items]
+            return (
+                [Piece(member, False, member, False) for member in members] if all(members) and shape.braces else None
+            )
         parts = shape.items
     pieces: list[Piece] = []
     for part in parts:

@@ -110,6 +110,8 @@ def _same_in_base(found: Value, gold: Value, context: Context) -> bool:
 
 def _same_family(found: str, gold: str) -> bool:
     """Multiples of pi counted by an integer: n pi and k pi are the same solutions."""
+    if r"\pi" not in found or r"\pi" not in gold:
+        return False
     counters = []
     for latex in (found, gold):
         parsed = symbolic.parse(latex)
@@ -131,7 +133,7 @@ def _same_family(found: str, gold: str) -> bool:
         if not (step / pi).doit().is_rational:
             return False
     renamed = left.subs({s: Symbol(str(symbol), real=True) for s in left.free_symbols if str(s) == name})
-    return symbolic.same_parsed(renamed, right)
+    return symbolic.same_parsed(renamed, right) is True
 
 
 def decimal_comma(found: Shape, gold: Shape, context: Context) -> bool:
@@ -180,7 +182,12 @@ def same_words(found: str, gold: str) -> bool:
     if right in ("yes", "no", "true", "false"):
         opposite = {"yes": "no", "no": "yes", "true": "false", "false": "true"}[right]
         head = re.match(r"\s*([A-Za-z]+)\s*[,.;:]", found)
-        return bool(head) and head[1].casefold() == right and opposite not in left.split() and "not" not in left.split()
+        return (
+            head is not None
+            and head[1].casefold() == right
+            and opposite not in left.split()
+            and "not" not in left.split()
+        )
     if max(map(len, plain)) <= 3 and plain[0] == found.strip() and plain[1] == gold.strip():  # products: xy, yx
         return symbolic.same_formula(found, gold, None, (None, None), Fraction(1))
     return False

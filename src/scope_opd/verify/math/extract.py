@@ -57,7 +57,9 @@ _NUMBER = re.compile(
 )
 _SENTENCE_END = re.compile(r"\n|(?<=[^\d\s])[.!?](?=\s|$)|(?<=\d)[.!?](?=\s|$)")
 _EMPHASIS = re.compile(r"\*\*|__|(?<!\w)\*(?=\S)|(?<=\S)\*(?!\w)|`")
-_HEDGES = re.compile(r"\b(?:or|either|maybe|perhaps|possibly|might|could|unsure|guess|probably)\b|\?", re.IGNORECASE)
+_HEDGES = re.compile(
+    r"\b(?:or|either|maybe|perhaps|possibly|might|could|unsure|between|guess|probably)\b|\?", re.IGNORECASE
+)
 _DENIED = re.compile(
     r"(?:\b(?:not|never|except|but|without|than|most|least|above|below|under|over|beyond|between|instead\s+of"
     r"|(?:not|n't|cannot|can't)\s+(?:be|equal|equal\s+to))|n't)\s*(?:\*\*|\$)?\s*$",
@@ -233,16 +235,19 @@ def last_value(text: str) -> str | None:
     """The last formula, or the last number outside of formulas, whichever stands later."""
     text = _EMPHASIS.sub("", text)
     formulas = list(_FORMULA.finditer(text))
-    number = None
     tail = formulas[-1].end() if formulas else 0
-    for number in _NUMBER.finditer(text, tail):
-        pass
+    number = _last_number(text, tail)
     if number is not None:
         return _denial(text[: number.start()]) + number[0].strip() + _known_unit(text[number.end() :])
     if formulas:
         unit = re.match(r"\s*(?:\\?%|percent\b|pct\b)", text[tail:])
         return _denial(text[: formulas[-1].start()]) + _inside(formulas[-1]) + (r"\%" if unit else "")
     return None
+
+
+def _last_number(text: str, start: int) -> re.Match[str] | None:
+    numbers = list(_NUMBER.finditer(text, start))
+    return numbers[-1] if numbers else None
 
 
 def _denial(before: str) -> str:
@@ -276,9 +281,7 @@ def sentence_core(text: str) -> str | None:
     if formulas and formulas[-1].end() == len(stripped):
         start, core = formulas[-1].start(), _inside(formulas[-1])
     else:
-        number = None
-        for number in _NUMBER.finditer(stripped, formulas[-1].end() if formulas else 0):
-            pass
+        number = _last_number(stripped, formulas[-1].end() if formulas else 0)
         if number is None or stripped[number.end() :].strip(" €$£") != "":
             return None
         start, core = number.start(), number[0].strip()

@@ -25,9 +25,9 @@ WRONG = "not equal to the gold answer"
 def judge_fast(prediction: str, gold: MathGold, problem: str | None, settings: MathSettings) -> Verdict | None:
     """The verdict if it needs no symbolic mathematics, else None. Arguments as for ``judge``."""
     found = extract(prediction, settings)
-    return (
-        no_answer(found) if (early := no_answer(found)) else decide(found, gold, settings) if early is None else early
-    )
+    if isinstance(found, str) or no_answer(found) is not None:
+        return no_answer(found)
+    return decide(found, gold, settings)
 
 
 def no_answer(found: Extracted | str) -> Verdict | None:

@@ -32,7 +32,8 @@ UNEXPECTED = (ArithmeticError, AttributeError, LookupError, NotImplementedError,
 """What sympy raises on formulas that it was not made for: no verdict, and the reason says so."""
 _ASKED = re.compile(
     r"(?:in|how many|number of|to the nearest(?: \w+)?)\s+(?:\$?\\(?:text|mathrm)\{\s*)?"
-    r"((?:square |cubic )?(?:centi|milli|kilo)?(?:meters?|metres?|grams?|liters?|litres?)|(?:square |cubic )?(?:inches|inch|feet|foot|yards?|miles?)"
+    r"((?:square |cubic )?(?:centi|milli|kilo)?(?:meters?|metres?|grams?|liters?|litres?)"
+    r"|(?:square |cubic )?(?:inches|inch|feet|foot|yards?|miles?)"
     r"|seconds?|minutes?|hours?|days?|weeks?|months?|years?|dollars?|cents|degrees|radians|cm|mm|km|kg|pounds?|ounces?)\b",
     re.IGNORECASE,
 )
@@ -191,5 +192,5 @@ def _operations(spelling: str) -> int:
     return (
         len(_OPERATION.findall(spelling))
         if parsed is None
-        else len(re.findall(r"[-+*/^!]|\\(?:frac|sqrt|cdot|times)", spelling))
+        else len(re.findall(r"[-+*/^!]|\\(?:frac|sqrt|cdot|times|sin|cos|tan|log|ln|binom)", spelling))
     )

@@ -31,7 +31,8 @@ _SYSTEM = re.compile(
     re.DOTALL,
 )
 _QUANTIFIER = re.compile(
-    r"\\text\s*\{\s*for (?:all|every|each|any)\s*\}\s*[a-z](?:\s*,\s*[a-z])*\s*\\in\s*\\mathbb\s*(?:\{[A-Z]\}|[A-Z])(?:[_^]\{?[+*>0]+\}?)?"
+    r"\\text\s*\{\s*for (?:all|every|each|any)\s*\}\s*[a-z](?:\s*,\s*[a-z])*\s*\\in\s*"
+    r"\\mathbb\s*(?:\{[A-Z]\}|[A-Z])(?:[_^]\{?[+*>0]+\}?)?"
 )
 _LABEL = re.compile(r"((?:\\text\{[^{}]*\}|[A-Z][A-Za-z]+(?: [A-Za-z]+){0,2}))\s*:\s*([^:]+)", re.DOTALL)
 _GLUED_AND = re.compile(r"(?<=\w)[, ]\s*(and|or)\s*\}")
@@ -332,14 +333,8 @@ def _relation(text: str, level: int) -> Shape | None:
         sides[0] = r"\square"
     if any(not side for side in sides):
         return Words(text)
-    if operators.count(r"\approx") == 1:
-        at = operators.index(r"\approx")  # the exact part counts; only an approximation: that
-        if at == 0 and not (_is_name(sides[0]) and len(sides) == 2):
-            return _read(sides[0], level + 1)
-        if at == 0:
-            sides, operators = sides[:2], ["="]
-        else:
-            sides, operators = sides[: at + 1], operators[:at]
+    if operators == [r"\approx"] and _is_name(sides[0]):
+        operators = ["="]  # x is about 11: the only value there is
     if set(operators) == {"="}:
         if len(sides) == 2 and _is_name(sides[1]) and not _is_name(sides[0]):
             sides = sides[::-1]

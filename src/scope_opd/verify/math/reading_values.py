@@ -15,7 +15,8 @@ from scope_opd.verify.math.units import LETTERS, Unit, is_known, read_unit
 
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _BASE = re.compile(
-    r"([0-9A-Fa-f][0-9A-Fa-f ,]*)_\s*(?:\{\s*(?:\\text\{)?\s*([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten)\s*\}?\s*\}|([0-9]{1,2}))"
+    r"([0-9A-Fa-f][0-9A-Fa-f ,]*)_\s*"
+    r"(?:\{\s*(?:\\text\{)?\s*([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten)\s*\}?\s*\}|([0-9]{1,2}))"
 )
 _BASES = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 FUNCTIONS = frozenset(
@@ -140,9 +141,9 @@ def read_value(text: str) -> Words | Value:
     if unit is not None and (scale_word := _MULTIPLES.get(unit.words.split()[0].lower())) is not None:
         amount = read_number(full_fractions(text))
         if amount is not None:
-            rest = read_unit(unit.words.partition(" ")[2]) or (read_unit(money[0]) if money else None)
+            of = read_unit(unit.words.partition(" ")[2]) or (read_unit(money[0]) if money else None)
             value = amount.value * scale_word
-            return Value(str(value), replace(amount, value=value, decimals=None), unit=rest)
+            return Value(str(value), replace(amount, value=value, decimals=None), unit=of)
     if base := _BASE.fullmatch(text):
         digits = re.sub(r"[ ,]", "", base[1])
         stated = base[2] or base[3]

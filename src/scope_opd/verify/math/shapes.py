@@ -43,7 +43,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Items in brackets: ``( )`` a tuple or an open interval, ``[ ]`` a closed one or a tuple, and the half-open ones."""
+    """Items in brackets: ``( )`` a tuple or an open interval, ``[ ]`` a closed one or a tuple, and half-open ones."""
 
     opening: str
     ending: str

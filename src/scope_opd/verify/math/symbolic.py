@@ -14,6 +14,7 @@ Not covered: equality that needs assumptions on variables (n an integer, x > 0).
 from __future__ import annotations
 
 import logging
+import math
 import random
 import re
 from fractions import Fraction
@@ -49,13 +50,14 @@ _TIGHT_NUMBERS = re.compile(
 )
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _DEGREES = re.compile(r"([0-9.]+)\s*\^\s*\{?\s*\\circ\s*\}?")
+_PROSE = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z]{6,}|[a-zA-Z]{2,}[ .,][a-zA-Z]{2,}[ .,][a-zA-Z]{2,}")
 _PRIME = re.compile(r"([A-Za-z])\s*(?:'+|\^\s*\{\s*(?:\\prime\s*)+\}|\^\s*\\prime(?![a-z]))")
 _CHOOSE = re.compile(r"(?<![a-zA-Z\\])C_\s*\{?([0-9]+)\}?\s*\^\s*\{?([0-9]+)\}?")
 _POWER_INDEX = re.compile(r"(?<=[A-Za-z])\s*\^\s*(\{[^{}]*\}|[0-9a-zA-Z])\s*_\s*(\{[^{}]*\}|[0-9a-zA-Z])")
 _INDEX_SIGN = re.compile(r"_\s*\{?\s*\\(odot|oplus|max|min|infty|parallel|perp|ast|star|text\{[a-zA-Z]*\})\s*\}?")
 _POWER = re.compile(r"([0-9]+)\s*\}?\)?\s*\^\s*[{(]*\s*([0-9]+)")
 _TOWER = re.compile(r"\^\s*[{(]*\s*([0-9]+)\s*\^\s*[{(]*\s*([0-9]+)")
-_FACTORIAL = re.compile(r"([0-9]+)\s*[)}]*\s*!|[0-9]\s*!\s*[)}]+\s*!|\^\s*\{[^{}]*\}\s*\)?\s*!")
+_FACTORIAL = re.compile(r"(?:[0-9]\s*!\s*[)}]+\s*!)|([0-9]+)\s*[)}]*\s*!|\^\s*\{[^{}]*\}\s*\)?\s*!")
 
 
 def check_size(latex: str) -> None:
@@ -73,6 +75,29 @@ def check_size(latex: str) -> None:
     for match in _FACTORIAL.finditer(latex):
         if match[1] is None or len(match[1]) > 4 or int(match[1]) > MAX_FACTORIAL:
             raise TooHard("a factorial too large to evaluate")
+
+
+def _check_tree(expression: Any) -> float:
+    """An upper bound of log10 of a formula's size, variables as 1; raises ``TooHard`` beyond what is evaluated."""
+    from sympy import Add, Mul, Pow, binomial, factorial, factorial2
+
+    if expression.is_Rational:
+        return math.log10(max(abs(expression.p) / expression.q, 1.0)) if abs(expression.p) < 10**300 else 300.0
+    sizes = [_check_tree(part) for part in expression.args if hasattr(part, "args")]
+    if isinstance(expression, factorial | factorial2):
+        if sizes[0] > math.log10(MAX_FACTORIAL):
+            raise TooHard("a factorial too large to evaluate")
+        return 10 ** sizes[0] * max(sizes[0], 1.0)
+    if isinstance(expression, binomial) and max(sizes) > 6:
+        raise TooHard("a binomial coefficient too large to evaluate")
+    if isinstance(expression, Pow):
+        digits = max(sizes[0], 0.3) * 10 ** min(sizes[1], 9.0)
+        if digits > MAX_POWER_DIGITS:
+            raise TooHard("a power too large to evaluate")
+        return digits if expression.args[1].is_negative is not True else 0.0
+    if isinstance(expression, Add):
+        return max(sizes, default=0.0) + math.log10(len(sizes) or 1)
+    return sum(sizes) if isinstance(expression, Mul) else max(sizes, default=0.0)
 
 
 def too_large(latex: str) -> bool:
@@ -115,10 +140,12 @@ def parse(latex: str) -> Any:
     """
     from latex2sympy2_extended import latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
-    from sympy import Derivative, Float, Rational, Symbol
+    from sympy import Derivative, Expr, Float, Rational, Symbol
 
     check_size(latex)
     text = parser_spelling(latex)
+    if _PROSE.search(text):
+        return None
     if not text.strip() or _TIGHT_NUMBERS.search(text) or not text.isascii():
         return None
     logging.disable(logging.ERROR)
@@ -139,6 +166,8 @@ def parse(latex: str) -> Any:
         return None
     finally:
         logging.disable(logging.NOTSET)
+    if isinstance(parsed, Expr):
+        _check_tree(parsed)
     return parsed
 
 
@@ -186,7 +215,7 @@ def _fraction(value: Any) -> Fraction:
 
 
 def _is_zero(difference: Any) -> bool | None:
-    """Whether a constant is zero: exactly if it is rational, else to ``MAX_DIGITS`` digits. None: not to be evaluated."""
+    """Whether a constant is zero: exactly if rational, else to ``MAX_DIGITS`` digits; None: not to be evaluated."""
     try:
         value = difference.doit()
         if value.is_Rational:
