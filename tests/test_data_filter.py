@@ -151,6 +151,25 @@ class TestFilter:
         assert RatesFile(path, {}, batch=2).open(["p", "q", "r", "s"]) == 2
         assert path.read_bytes() == whole
 
+    def test_two_filters_do_not_share_rates_and_a_foreign_file_stays(self, tmp_path: Path) -> None:
+        first, second = (RatesFile(tmp_path / "rates.jsonl", {"a": 1}, batch=2) for _ in range(2))
+        assert first.open(["p", "q"]) == 0
+        script = (
+            f"from scope_opd.cli.data_filter import *; RatesFile(Path({str(second.path)!r}), {{'a': 1}}, 2).open([])"
+        )
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        refused = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+        )
+        assert "in use by another process" in refused.stderr
+        del first
+        assert second.open(["p", "q"]) == 0
+        foreign = tmp_path / "notes.jsonl"
+        foreign.write_text("mine")
+        with pytest.raises(RunFolderError, match="other settings"):
+            RatesFile(foreign, {"a": 1}, batch=2).open(["p"])
+        assert foreign.read_text() == "mine"
+
     def test_a_range_is_exact_and_nothing_else(self) -> None:
         assert parse_range("0.1..0.9") == (Fraction(1, 10), Fraction(9, 10))
         assert parse_range("0..1") == (0, 1)

@@ -15,6 +15,7 @@ import pytest
 import tomli_w
 import torch
 
+from scope_opd.config import validate_config
 from scope_opd.errors import RunFailed, RunFolderError
 from scope_opd.records import iter_jsonl
 from scope_opd.train import RunInterrupted, train
@@ -379,6 +380,14 @@ def test_two_processes_do_not_share_a_run_folder(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.communicate(timeout=60)
+
+
+def test_the_number_of_judging_processes_is_free_on_resume_and_their_limit_is_not() -> None:
+    config = validate_config({})
+    saved = config.model_dump(mode="json")
+    refuse_other_config(validate_config({"verify": {"workers": 3}}), saved, 0)
+    with pytest.raises(RunFolderError, match=r"verify\.timeout_s = 9\.0 \(was 5\.0\)"):
+        refuse_other_config(validate_config({"verify": {"timeout_s": 9.0}}), saved, 0)
 
 
 def test_a_run_does_not_go_on_with_other_data_under_the_same_name(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import takewhile
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from scope_opd.cli.data_files import write_rows
 from scope_opd.errors import ConfigError, DataError, RunFolderError
+from scope_opd.locks import hold
 from scope_opd.records import dumps
 
 if TYPE_CHECKING:
@@ -143,12 +145,16 @@ class RatesFile:
         """Begin the file, or find how many prompts it holds; what a kill left of a batch is cut off.
 
         Raises:
-            RunFolderError: a file of another filter.
+            RunFolderError: a file of another filter, or in use by one.
         """
         self.total = len(ids)
+        # Ends with this object at the latest: two filters would append their batches in turns.
+        lock = hold(self.path.with_name(f".{self.path.name}.lock"), str(self.path), "one filter an --out")
+        weakref.finalize(self, lock.close)
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        if not lines or not lines[0].endswith(b"\n"):
-            self.path.write_text(dumps({"settings": self.settings}) + "\n", encoding="utf-8")
+        header = (dumps({"settings": self.settings}) + "\n").encode()
+        if b"".join(lines) != header and header.startswith(b"".join(lines)):  # nothing, or what a kill left of it
+            self.path.write_bytes(header)
             return 0
         rows = list(takewhile(bool, map(_row, lines)))
         self._check(rows[0] if rows else {})

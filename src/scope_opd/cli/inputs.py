@@ -53,11 +53,6 @@ def load_data(config: Config, source: str, split: str) -> DataSet:
     )
 
 
-def load_rows(config: Config, source: str, split: str) -> list[Row]:
-    """The rows of ``load_data`` alone, where nobody is there to read its warnings."""
-    return load_data(config, source, split).rows
-
-
 def eval_source(config: Config) -> str | None:
     """Where held-out problems come from; the zoo brings its own. None where the config wants no evaluation.
 

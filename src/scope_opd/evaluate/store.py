@@ -15,7 +15,6 @@ not forced to the disk).
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Collection, Iterable, Mapping
 from io import FileIO
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from scope_opd.errors import RunFailed, RunFolderError
+from scope_opd.locks import hold
 from scope_opd.records import dumps, iter_jsonl
 
 SAMPLES, SETTINGS, RESULTS, RUN = "samples.jsonl", "settings.json", "results.json", "run.json"
@@ -62,20 +62,11 @@ class SampleStore:
                     "choose another --out",
                 )
             folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / ".lock").open("w")
+            lock = hold(folder / ".lock", f"folder {folder}", "one process a folder")
         except OSError as error:
             raise RunFolderError(
                 f"folder {folder}: {error.strerror}", "a folder that can be written", "choose another --out"
             ) from None
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise RunFolderError(
-                f"folder {folder} is in use by another process", "one process a folder", "wait for it or stop it"
-            ) from None
-        except OSError:
-            pass  # a file system without locks: nothing to hold on to
         store = cls(folder, lock)
         try:
             store._begin(settings)

@@ -13,10 +13,13 @@ from scope_opd.errors import RunFolderError
 from scope_opd.records import iter_jsonl
 
 _NEW_RUN = "start a new run.dir"
+_FREE = {("verify", "workers")}
+"""Settings on which no number of a run depends."""
 
 
 def refuse_other_config(config: Config, saved: dict[str, Any], step: int) -> None:
-    """A resumed run keeps its config, but for ``run.*`` (the seed excepted) and, if lr does not depend on it, steps.
+    """A resumed run keeps its config, but for ``run.*`` (the seed excepted), ``verify.workers`` and, if lr does not
+    depend on it, steps.
 
     A key that the saved config does not know (written by an older version) counts as its default.
 
@@ -118,7 +121,7 @@ def _object(path: Path) -> dict[str, Any]:
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {
         f"{table}.{key}": value for table, values in config.items() for key, value in values.items()
-        if table != "run" or key == "seed"
+        if (table != "run" or key == "seed") and (table, key) not in _FREE
     }  # fmt: skip
     if flat.get("train.schedule") == "constant":
         flat.pop("train.steps", None)

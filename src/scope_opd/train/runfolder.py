@@ -7,7 +7,6 @@ replaced atomically. A write that fails (a full disk) ends the run with one line
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -24,6 +23,7 @@ import tomli_w
 from scope_opd import __version__
 from scope_opd.config import Config
 from scope_opd.errors import RunFailed, RunFolderError
+from scope_opd.locks import hold
 from scope_opd.records import dumps, iter_jsonl
 
 PHASES = ("generation", "scoring", "forward_backward", "optimiser", "evaluation", "saving", "done")
@@ -69,20 +69,11 @@ class RunFolder:
                     "check run.dir",
                 )
             folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / ".lock").open("w")
+            lock = hold(folder / ".lock", f"run folder {folder}", "one process a run")
         except OSError as error:
             raise RunFolderError(
                 f"run folder {folder}: {error.strerror}", "a folder that can be written", "choose another run.dir"
             ) from None
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise RunFolderError(
-                f"run folder {folder} is in use by another process", "one process a run", "wait for it or stop it"
-            ) from None
-        except OSError:
-            pass  # a file system without locks: nothing to hold on to
         return cls(folder, lock)
 
     def begin(self, config: Config, info: Mapping[str, Any], *, run_id: str | None = None) -> None:
