@@ -10,7 +10,7 @@ import json
 import pytest
 
 from scope_opd.gold import parse_math_gold
-from scope_opd.verify.math.extract import Extracted, extract
+from scope_opd.verify.math.extract import Extracted, extract, opened_by
 from scope_opd.verify.math.judge import judge
 from scope_opd.verify.math.settings import MathSettings
 from shared_data import data_file
@@ -149,3 +149,21 @@ def test_real_model_outputs_keep_their_labels_in_every_writing(writing: str, gro
         if verdict.correct is not row["expected"]:
             wrong.append((answer, row["gold"], verdict))
     assert wrong == []
+
+
+def test_a_box_without_braces_counts_where_there_is_no_other() -> None:
+    assert extract(r"so $x = \boxed 5$.", MathSettings()) == Extracted(("5",), "box")
+    assert extract(r"\boxed 4, that is \boxed{5}", MathSettings()) == Extracted(("5",), "box")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tag"),
+    [
+        ("<|assistant|><think>\n", "<think>"),
+        ("user: Write <think> first.\nassistant: ", ""),
+        ("<think>\n\n</think>\n\n", ""),
+        ("", ""),
+    ],
+)
+def test_a_prompt_that_ends_with_a_thinking_tag_has_opened_the_block(prompt: str, tag: str) -> None:
+    assert opened_by(prompt) == tag

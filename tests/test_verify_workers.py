@@ -439,6 +439,12 @@ def test_a_rollout_is_judged_by_the_answer_of_its_prompt_in_successive_loops(mat
         assert asyncio.run(maths.verify(rollout(r"\boxed{2}"), prompt({"all_of": ["3", "2"]}))).correct is False
 
 
+def test_a_thinking_block_that_the_prompt_opened_must_be_closed_before_an_answer_counts(maths: MathVerifier) -> None:
+    opened = replace(prompt("2"), text="<|user|>What?<|assistant|><think>\n")
+    assert asyncio.run(maths.verify(rollout(r"perhaps \boxed{2}"), opened)).correct is False
+    assert asyncio.run(maths.verify(rollout(r"perhaps 3</think> \boxed{2}"), opened)).correct is True
+
+
 @pytest.mark.parametrize("answer", ["", None, True, float("nan"), {}, {"any_of": []}, ["1"]])
 def test_a_gold_answer_that_is_none_names_its_prompt(maths: MathVerifier, answer: Any) -> None:
     with pytest.raises(DataError, match="prompt 'p'"):

@@ -16,6 +16,7 @@ from typing import Any
 from scope_opd.errors import DataError
 from scope_opd.gold import MathGold, is_code, parse_math_gold
 from scope_opd.types import Prompt, Rollout, Verdict
+from scope_opd.verify.math.extract import opened_by
 from scope_opd.verify.math.fast import judge_fast
 from scope_opd.verify.math.settings import MathSettings
 from scope_opd.verify.workers import WorkerPool
@@ -40,14 +41,15 @@ class MathVerifier:
         self.pool = WorkerPool(cpu_s=timeout_s, workers=workers)
 
     async def verify(self, rollout: Rollout, prompt: Prompt) -> Verdict:
-        """Judge ``rollout.text`` against ``prompt.answer``.
+        """Judge ``rollout.text`` against ``prompt.answer``; a thinking block that the prompt opened counts as opened.
 
         Raises:
             DataError: a gold answer that is not one, with the prompt's id.
             ScopeError: no judging process could be started.
         """
         where = f"prompt {prompt.id!r}"
-        verdict = self.submit(rollout.text, prompt.answer, prompt.problem, where=where)
+        text = opened_by(prompt.text) + rollout.text
+        verdict = self.submit(text, prompt.answer, prompt.problem, where=where)
         return verdict.result() if verdict.done() else await asyncio.wrap_future(verdict)
 
     def judge(

@@ -25,7 +25,7 @@ from scope_opd.types import Prompt, Rollout, Verdict
 from scope_opd.verify.code.extract import completion_of, defines, last_block
 from scope_opd.verify.code.formats import CheckTask, Task, parse_code_answer
 from scope_opd.verify.code.judging import TEST_IMPORTS, compilable_prompt, run_tests
-from scope_opd.verify.math.extract import visible
+from scope_opd.verify.math.extract import opened_by, visible
 from scope_opd.verify.sandbox.bubblewrap import SLOTS, Launcher
 from scope_opd.verify.sandbox.limits import CodeLimits
 from scope_opd.verify.sandbox.process import Sandbox, SandboxFailure
@@ -65,9 +65,10 @@ class CodeVerifier:
         self._rooms = _Rooms(self.launcher)
 
     async def verify(self, rollout: Rollout, prompt: Prompt) -> Verdict:
-        """Judge a rollout's text by its prompt's answer."""
+        """Judge a rollout's text by its prompt's answer; a thinking block that the prompt opened counts as opened."""
+        text = opened_by(prompt.text) + rollout.text
         try:
-            return await asyncio.wrap_future(self._submit(rollout.text, prompt.answer, "response"))
+            return await asyncio.wrap_future(self._submit(text, prompt.answer, "response"))
         except DataError as error:
             raise DataError(f"prompt {prompt.id}: {error}") from None
 

@@ -5,11 +5,12 @@ r"""The final answer of a response: which part of a text is held against the gol
    that was never closed counts in neither scope.
 3. The last balanced, outermost ``\boxed{}`` (``\fbox{}``). Boxes that follow each other directly, with nothing between
    them but punctuation, "and", "or", a name and "=", or a word that names what was counted, form a list. A box on a
-   line that is a LaTeX comment does not count. An empty box is an answer.
+   line that is a LaTeX comment does not count. An empty box is an answer. Where there is none, what follows the last
+   ``\boxed`` without braces, up to the end of its formula or line.
 4. Without a box, where the fall-back is on: the last ``<answer>`` block; else what follows the last "#### ", "A:",
    "Answer:", "answer is" (and its kind); else the last formula or number.
 
-Not covered: ``\boxed 5`` without braces; answers in a language other than English that carry no box.
+Not covered: answers in a language other than English that carry no box.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _CLOSING = re.compile(
     rf"</{_NAMES}>|</REASONING_END>|<\|end_of_thought\|>|◁/think▷|\[/THINK\]|<\|end_of_thinking\|>", re.IGNORECASE
 )
 _BRACES = re.compile(r"\\{1,2}(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
+_BARE_BOX = re.compile(r"\\boxed[ \t]+([^\s{}$][^$\n]*)")
 _COMMENT = re.compile(r"^[ \t]*%[^\n]*", re.MULTILINE)
 _WORD = r"(?:\\text\{[^{}]{0,30}\}|[A-Za-z]{1,20})"
 _BETWEEN = re.compile(
@@ -95,9 +97,12 @@ def extract(text: str, settings: MathSettings) -> Extracted | str:
     text = visible(text, settings.scope)
     if not text.strip():
         return "nothing follows the thinking block"
-    boxes = last_boxes(_COMMENT.sub("", text))
+    uncommented = _COMMENT.sub("", text)
+    boxes = last_boxes(uncommented)
     if boxes is not None:
         return boxes
+    if bare := _BARE_BOX.findall(uncommented):
+        return Extracted((bare[-1].strip(" .,"),), "box")
     if not settings.fallback:
         return r"no balanced \boxed{}"
     return from_prose(text) or "no final answer"
@@ -112,6 +117,16 @@ def visible(text: str, scope: str) -> str:
     if opening := _OPENING.search(text, after):
         text = text[: opening.start()]  # never closed
     return text[after:] if scope == "after_think" else text
+
+
+def opened_by(prompt: str) -> str:
+    """The thinking tag with which a rendered prompt ends, else "": a response to it begins inside the block.
+
+    Chat templates of reasoning models open the block themselves; put the tag before the response to judge it.
+    """
+    tail = prompt.rstrip()[-40:]
+    tags = [match for match in _OPENING.finditer(tail) if match.end() == len(tail)]
+    return tags[-1][0] if tags else ""
 
 
 def last_boxes(text: str) -> Extracted | None:
