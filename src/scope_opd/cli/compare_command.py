@@ -31,14 +31,14 @@ def compare(*evaluations: Path, out: Path) -> int:
     out
         Folder for the comparison.
     """
-    from scope_opd.cli.eval_command import show_table
+    from scope_opd.cli.show import show_table
     from scope_opd.evaluate.compare import compare as compare_evaluations
     from scope_opd.evaluate.compare import load_evaluations
     from scope_opd.evaluate.plots import plot_curves
-    from scope_opd.evaluate.tables import comparison_markdown, comparison_table
+    from scope_opd.evaluate.tables import COMPARISON_LABELS, comparison_markdown, comparison_table
 
     if len(evaluations) < 2:
-        raise ConfigError(f"{len(evaluations)} evaluations", "two or more", "name their folders")
+        raise ConfigError(f"evaluations named: {len(evaluations)}", "two or more", "name their folders")
     comparison = compare_evaluations(load_evaluations(evaluations))
     folder = out.expanduser()
     try:
@@ -52,7 +52,7 @@ def compare(*evaluations: Path, out: Path) -> int:
     _write(folder / "comparison.json", json.dumps(comparison, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     _write(folder / "comparison.md", comparison_markdown(comparison))
     curves = plot_curves(comparison, folder)
-    show_table(*comparison_table(comparison, few=True))
+    show_table(*comparison_table(comparison, few=True), labels=COMPARISON_LABELS)
     print(_legend(comparison))
     print(f"comparison: {folder / 'comparison.json'}; curves: {curves[0]}")
     return 0

@@ -39,8 +39,6 @@ SECONDS_BETWEEN_LINES = 5.0
 
 def run_filter(config: Path, overrides: Sequence[str], *, out: Path, pass_rate: str, samples: int) -> int:
     """The command; returns its exit code."""
-    from scope_opd.cli import inputs
-    from scope_opd.cli.train_command import memory_in_one_line
     from scope_opd.config import load_config
 
     low, high = parse_range(pass_rate)
@@ -52,7 +50,10 @@ def run_filter(config: Path, overrides: Sequence[str], *, out: Path, pass_rate: 
     train = Path(settings.data.train)
     if out.exists() and train.exists() and out.samefile(train):
         raise ConfigError(f"--out {out} is data.train itself", "another file", "name one")
+    # Everything above is said before torch is loaded, which takes seconds.
     print("loading torch, data and models ...", file=sys.stderr, flush=True)
+    from scope_opd.cli import inputs
+
     data = inputs.load_data(settings, settings.data.train, "train")
     warnings = list(data.warnings)
     tokenizer = inputs.student_tokenizer(settings)
@@ -67,8 +68,18 @@ def run_filter(config: Path, overrides: Sequence[str], *, out: Path, pass_rate: 
     )
     done = rates.open([prompt.id for prompt in prompts])
     if done < len(prompts):
-        with memory_in_one_line():
-            sample_rates(settings, prompts, samples, rates, tokenizer)
+        from scope_opd.cli.train_command import memory_in_one_line
+
+        try:
+            with memory_in_one_line():
+                sample_rates(settings, prompts, samples, rates, tokenizer)
+        except KeyboardInterrupt:
+            print(
+                f"interrupted: the rates of {rates.done} of {len(prompts)} prompts are kept in {rates.path}; "
+                "give the same command again to go on",
+                file=sys.stderr,
+            )
+            return 130
     found = rates.read()
     kept = {row["id"]: row for row in found if low <= Fraction(row["correct"], row["samples"]) <= high}
     where = {row.where: row.id for row in data.rows}
@@ -288,6 +299,11 @@ def summary(found: Sequence[Mapping[str, Any]], written: int, out: Path, rates: 
         f"mean pass rate {100 * mean:.1f} %; never solved {none}, always solved {every}; "
         f"cut off {100 * cut:.1f} %, no verdict {100 * unjudged:.1f} % of {samples} samples",
         f"pass rates: {rates}",
+        *(
+            []
+            if written
+            else ["no prompt was kept: give a wider --pass-rate; the rates are there, nothing is sampled anew"]
+        ),
     ]
 
 

@@ -218,6 +218,12 @@ def evaluate(
     )
 
     def prepare() -> Prepared:
+        from scope_opd.evaluate.loading import parse_benchmark
+
+        # Names are looked at before torch is loaded, which takes seconds.
+        for name in benchmark:
+            parse_benchmark(name)
+        print("loading torch, benchmarks and the tokenizer ...", file=sys.stderr, flush=True)
         from scope_opd.cli.eval_model import from_model
 
         return from_model(
@@ -295,6 +301,7 @@ def run(out: Path, prepare: Callable[[], Prepared]) -> int:
 
 def _finish(store: Any, results: Mapping[str, Any], meter: Any, began: float) -> None:
     """results.json, results.md, a line in run.json about this process, and the table on the terminal."""
+    from scope_opd.cli.show import show_table
     from scope_opd.evaluate.store import RESULTS
     from scope_opd.evaluate.tables import TERMINAL_KS, notes, result_table, results_markdown
 
@@ -304,23 +311,6 @@ def _finish(store: Any, results: Mapping[str, Any], meter: Any, began: float) ->
     show_table(*result_table(results, most_ks=TERMINAL_KS))
     print("\n".join(notes(results)))
     print(f"results: {store.path / RESULTS}")
-
-
-def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout: in columns as wide as the terminal allows, or as they need where there is none."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=240)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 def _record_run(store: Any, meter: Any, began: float) -> None:

@@ -51,6 +51,8 @@ OPTIONS = {
 }
 """Config names and the options that set them here."""
 _NAMES = re.compile("|".join(re.escape(name) for name in sorted(OPTIONS, key=len, reverse=True)))
+_IN_A_CONFIG = re.compile(r" \(verify\.\w+ = \w+\)")
+"""What a message says for the writers of configs beside the option."""
 
 
 @contextmanager
@@ -59,7 +61,7 @@ def in_options() -> Iterator[None]:
     try:
         yield
     except ScopeError as error:
-        parts = [_NAMES.sub(lambda match: OPTIONS[match[0]], part) for part in _parts(error)]
+        parts = [_NAMES.sub(lambda match: OPTIONS[match[0]], _IN_A_CONFIG.sub("", part)) for part in _parts(error)]
         raise type(error)(*parts) from error.__cause__
 
 

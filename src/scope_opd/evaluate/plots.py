@@ -13,6 +13,8 @@ from typing import Any
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's, which colour-blind readers can tell apart; dashes tell a second round of them."""
 _STYLES = ("-", "--", ":")
+_MARKERS = "osD^vPX"
+"""One a colour: lines stay apart in grey, too. Later ones are smaller, so that one on top of another hides nothing."""
 PANELS_A_ROW = 3
 
 
@@ -29,13 +31,21 @@ def plot_curves(comparison: Mapping[str, Any], folder: Path) -> list[Path]:
         rows = math.ceil(len(names) / columns)
         figure = Figure(figsize=(3.6 * columns, 2.9 * rows + 0.5), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(rows, columns, squeeze=False).flat
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axis, name in zip(axes, names, strict=False):
             _panel(axis, name, comparison["benchmarks"][name])
-        for axis in list(axes)[len(names) :]:
+        for axis in axes[len(names) :]:
             axis.axis("off")
         handles, labels = next(iter(figure.axes)).get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=min(4, len(labels)),
+            frameon=False,
+            title="unbiased; bands: 95 % intervals over problems",
+            title_fontsize="small",
+        )
         paths = [folder / "passk.png", folder / "passk.svg"]
         figure.savefig(paths[0], dpi=160)
         figure.savefig(paths[1], metadata={"Date": None})
@@ -50,7 +60,16 @@ def _panel(axis: Any, name: str, entry: Mapping[str, Any]) -> None:
         points = [each["values"][label] for each in series]
         colour = COLOURS[index % len(COLOURS)]
         style = _STYLES[index // len(COLOURS) % len(_STYLES)]
-        axis.plot(ks, [100 * p["value"] for p in points], style, color=colour, marker="o", markersize=3, label=label)
+        axis.plot(
+            ks,
+            [100 * p["value"] for p in points],
+            style,
+            color=colour,
+            marker=_MARKERS[index % len(_MARKERS)],
+            markersize=max(3, 6 - index),
+            linewidth=max(0.8, 2 - 0.4 * index),
+            label=label,
+        )
         low, high = ([100 * p["ci95"][end] for p in points] for end in (0, 1))
         axis.fill_between(ks, low, high, color=colour, alpha=0.12, linewidth=0)
     axis.set_xscale("log", base=2)

@@ -11,6 +11,8 @@ from typing import Any
 SHOWN_KS = 8
 """Pass@k columns at most; all k stand in results.json."""
 TERMINAL_KS = 3
+COMPARISON_LABELS = 3
+"""Columns of a comparison that say what a row is: benchmark, figure, evaluation."""
 
 
 def result_table(results: Mapping[str, Any], *, most_ks: int = SHOWN_KS) -> tuple[list[str], list[list[str]]]:
@@ -66,9 +68,9 @@ def biased_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
     return header, rows if ks else []
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], *, labels: int = 1) -> str:
+    """A Markdown table; its first ``labels`` columns are text, the others figures."""
+    lines = [header, [*["---"] * labels, *["---:"] * (len(header) - labels)], *rows]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
@@ -87,9 +89,10 @@ def results_markdown(results: Mapping[str, Any]) -> str:
 def notes(results: Mapping[str, Any]) -> list[str]:
     """Lines that belong under the table."""
     entries = results["benchmarks"].values()
-    lines = ["Per cent, 95 % intervals over problems; Pass@k unbiased; length: mean response tokens (ch: characters)."]
-    lines.append("repl.: with replacement, biased low, for comparison with figures published so; answers: different")
-    lines[-1] += " final answers a problem."
+    estimated = any(len(entry["metrics"]["pass@k"]) > 1 for entry in entries)
+    lines = ["Per cent, 95 % intervals over problems" + ("; Pass@k unbiased; repl.: with replacement, biased low,"
+             " for comparison with figures published so." if estimated else ".")]  # fmt: skip
+    lines.append("length: mean response tokens (ch: characters); answers: different final answers a problem.")
     sampling = results["settings"].get("sampling")
     if sampling:
         shown = ", ".join(f"{name} {value}" for name, value in sampling.items())
@@ -160,7 +163,7 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     text = "# Comparison\n\n" + "".join(f"- {label}: `{path}`\n" for label, path in comparison["evaluations"].items())
     if comparison["warnings"]:
         text += "\n" + "".join(f"- **Warning:** {line}\n" for line in comparison["warnings"])
-    text += "\n" + markdown(*comparison_table(comparison))
+    text += "\n" + markdown(*comparison_table(comparison), labels=COMPARISON_LABELS)
     text += f"\nPer cent; differences from {comparison['base']} in points, 95 % intervals over problems. p: two-sided, "
     text += "by flipping the signs of the problems' differences"
     text += ", Holm-adjusted in brackets.\n" if len(comparison["evaluations"]) > 2 else ".\n"
