@@ -309,6 +309,21 @@ def test_eval_and_verify_agree_whose_tolerance_holds(tmp_path: Path, capsys: pyt
     assert verified == [problem["correct"] == 1 for problem in problems] == [True, False, True, True]
 
 
+def test_two_models_responses_are_compared_under_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for model, answers in {"a": "12", "b": "13"}.items():
+        rows = [{"id": i, "prediction": each, "answer": str(i)} for i, each in enumerate(answers, start=1)]
+        path = write(tmp_path / f"{model}.jsonl", rows)
+        command = ["eval", "--responses", str(path), "--benchmark", "mine", "--out", str(tmp_path / model)]
+        assert main(command) == 0
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "ab")]) == 0
+    compared = json.loads((tmp_path / "ab" / "comparison.json").read_text())["benchmarks"]["mine"]
+    assert compared["by_problem"]["b"]["losses"] == 1
+    capsys.readouterr()
+    again = ["eval", "--responses", str(path), "--benchmark", f"mine={path}", "--out", str(tmp_path / "c")]
+    assert main(again) == 2
+    assert "one name without a path" in capsys.readouterr().err
+
+
 def test_csv_responses_may_have_every_column(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
     header = "prediction,answer,problem_id,tokens,finish_reason,tolerance\n"

@@ -98,7 +98,8 @@ def evaluate(
     responses
         A file of responses to judge without any model: rows with prediction, answer and perhaps problem_id.
     benchmark
-        NAME, or NAME=PATH for a file or hf:OWNER/NAME; may be repeated.
+        NAME, or NAME=PATH for a file or hf:OWNER/NAME; may be repeated. With --responses the NAME that the results
+        call them, for scope compare; default: the file's.
     map_
         OURS=THEIRS: a column of the responses that has another name; may be repeated.
     preset
@@ -178,7 +179,7 @@ def evaluate(
         "problems": problems,
     }
     if responses is not None:
-        idle = {**given, "preset": preset, "benchmark": benchmark, "template": template, "system": system,
+        idle = {**given, "preset": preset, "template": template, "system": system,
                 "suffix": suffix, "chat": chat, "stop_token_id": stop_token_id, "revision": revision, "attn": attn,
                 "trust_remote_code": trust_remote_code or None, "fix_double_braces": fix_double_braces or None,
                 "dtype": None if dtype == "auto" else dtype, "device": None if device == "auto" else device,
@@ -188,7 +189,8 @@ def evaluate(
                 option = "--" + name.replace("_", "-")
                 raise ConfigError(f"{option} with --responses", "options of judging alone", f"leave {option} out")
         config = build_config("zoo:student", None, {}, {}, verify=verify)
-        return run(out, lambda: _from_responses(responses, map_ or [], config))
+        name = _responses_name(responses, benchmark or [])
+        return run(out, lambda: _from_responses(responses, name, map_ or [], config))
     if map_:
         raise ConfigError("--map without --responses", "columns of a responses file", "leave it out")
     if not benchmark:
@@ -342,7 +344,16 @@ def _record_run(store: Any, meter: Any, began: float) -> None:
     store.write_json(RUN, {"runs": [*former, entry]})
 
 
-def _from_responses(path: Path, mapped: Sequence[str], config: Config) -> Prepared:
+def _responses_name(path: Path, named: Sequence[str]) -> str:
+    """What the results call a file of responses: two models' files are compared under one name."""
+    if len(named) > 1 or any("=" in name or not name.strip() for name in named):
+        raise ConfigError(
+            f"--benchmark {' --benchmark '.join(named)} with --responses", "one name without a path", "mend it"
+        )
+    return named[0].strip() if named else path.name.split(".")[0] or "responses"
+
+
+def _from_responses(path: Path, name: str, mapped: Sequence[str], config: Config) -> Prepared:
     from scope_opd.data.dataset import file_sha256
     from scope_opd.evaluate.loading import content_sha256
     from scope_opd.evaluate.responses import StoredSampler, parse_map, read_responses
@@ -351,7 +362,6 @@ def _from_responses(path: Path, mapped: Sequence[str], config: Config) -> Prepar
     from scope_opd.verify.answers import build_answer_verifier
 
     source = path.expanduser()
-    name = source.name.split(".")[0] or "responses"
     columns = parse_map(mapped)
     found = read_responses(source, columns, name=name)
     sha256 = file_sha256(source)
@@ -364,7 +374,7 @@ def _from_responses(path: Path, mapped: Sequence[str], config: Config) -> Prepar
     counts = {prompt: len(rollouts) for prompt, rollouts in found.rollouts.items()}
     params = SamplingParams(n=max(counts.values()), temperature=1.0, max_tokens=1, stop_token_ids=(), seed=0)
     settings = {
-        "source": {"kind": "responses", "responses": str(path), "sha256": sha256},
+        "source": {"kind": "responses", "responses": str(path), "sha256": sha256, "benchmark": name},
         "columns": columns,
         "verifier": verify_options(config.verify),
     }
