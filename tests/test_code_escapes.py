@@ -26,6 +26,8 @@ def check(candidate):
     assert candidate([HIDDEN, 1]) == HIDDEN + 1, "the marker zanzibar"
     xs = [5, 6]
     assert candidate(xs) == 11 and xs == [5, 6]
+    for sum_ in map(candidate, [[7, HIDDEN]]):
+        assert sum_ == HIDDEN + 7
 """
 CHECKED = {"format": "humaneval", "prompt": PROMPT, "test": TEST, "entry_point": "f"}
 CALLED = {
@@ -221,6 +223,18 @@ FUNCTIONS: dict[str, tuple[str, str]] = {
         "ended itself",
     ),
     "the pipes closed": ("import os, time\ndef f(xs):\n    os.closerange(0, 1024)\n    time.sleep(60)\n", "time limit"),
+    "an answer of millions of empty lists": ("def f(xs):\n    return [[]] * 400000\n", ""),
+    "answers forged by a signal": (
+        "import os, signal\n"
+        "signal.signal(signal.SIGALRM, lambda *_: os.write(4, (1).to_bytes(4, 'big') + b'V3'))\n"
+        "def f(xs):\n    signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)\n    while True: pass\n",
+        "",
+    ),
+    "the driver's pipes crossed": (
+        "import os\nfor one in range(3, 8):\n    for two in range(3, 8):\n"
+        "        try: os.dup2(one, two)\n        except OSError: pass\ndef f(xs):\n    return 3\n",
+        "",
+    ),
     "no program at all": ("pass\n", ""),
     "bytes that are no text": ("def f(xs):\n    return '\\udcff\\x00'\n", ""),
     "null bytes in the program": ("def f(xs):\n    return 3\0\n", "does not load"),
@@ -316,6 +330,11 @@ def test_an_attack_on_calls_is_incorrect(judges: Judges, name: str) -> None:
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_an_attack_on_runs_is_incorrect(judges: Judges, name: str) -> None:
     contained(judges, PROGRAMS[name], PRINTED, GOOD_STDIO)
+
+
+def test_a_solution_cannot_end_a_loop_of_the_tests(judges: Judges) -> None:
+    code = "def f(xs):\n    if xs[0] == 7: raise StopIteration\n    return sum(xs)\n"
+    contained(judges, (code, "RuntimeError: StopIteration"), CHECKED, GOOD)
 
 
 def test_there_are_at_least_twenty_attacks() -> None:

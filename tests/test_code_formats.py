@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import pickle
+import time
 import zlib
 from typing import Any
 
@@ -84,6 +85,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"format": "functional", "tests": [{"check": "def check(c): pass"}]}, "check"),
     ({"format": "functional", "tests": [{"check": "check(f)"}, {"args": [], "output": 1}]}, "one kind"),
     ({"format": "functional", "tests": [{"check": "check(f)"}, {"check": "check(g)"}]}, "one function"),
+    ({"format": "stdio", "tests": [{"input": "\udc80", "output": "x"}]}, "test 1: input holds half a character"),
     ({"format": "java", "tests": []}, "format"),
 ]
 
@@ -214,12 +216,24 @@ BLOCKS = [
     ("```a```", None),
     ("", None),
     ("```python\n```", "\n"),
+    ("Use ``` fences.\n```python\na\n```", "a\n"),
+    ("```python\nhalf\nAgain:\n```python\na\n```", "a\n"),
+    ("````markdown\n```python\na\n```\n````", "a\n"),
+    ("```python\nprint('```python')\n```", "print('```python')\n"),
+    ("```python\r\ns = '\u2028\x0c'\r\n```\r\n", "s = '\u2028\x0c'\n"),
 ]
 
 
 @pytest.mark.parametrize(("text", "block"), BLOCKS, ids=range(len(BLOCKS)))
 def test_the_last_closed_python_block_is_the_program(text: str, block: str | None) -> None:
     assert last_block(text) == block
+
+
+@pytest.mark.parametrize("line", ["```" + "a" * 10**6 + "`", "```" + " " * 10**6 + "`", "~" * 10**6 + "`"])
+def test_extraction_reads_a_long_line_once(line: str) -> None:
+    start = time.process_time()
+    assert last_block(line) is None
+    assert time.process_time() - start < 1
 
 
 @given(st.text(alphabet="`~ apython\n"))
@@ -279,6 +293,7 @@ SAME = [
 DIFFERENT = [
     ("3", "4"), ("1 2", "12"), ("1\n2", "1 2"), ("YES", "Yes"), ("1", ""), ("", "1"), ("0.5", "0.5000001"),
     ("1 2 3", "1 2"), ("1\n\n2", "1\n2"), ("nan", "NaN"), ("3", "3\n4"), ("1", "1_0"), ("10", "1_0"), ("2", "two"),
+    ("12", "\uff11\uff12"), ("1\n2", "1\n2\n3\n4"), ("", "1 2"), ("5", "5\0"),
 ]  # fmt: skip
 
 
@@ -299,9 +314,18 @@ def test_a_tolerance_is_for_numbers_that_are_not_whole() -> None:
     assert text_difference("1000000007", "1000000008", Tolerance(relative=1e-5))
     assert text_difference("0.5", "inf", near)
     assert text_difference("0.5", "1e999999", near)
+    assert text_difference("1e400", "5", Tolerance(relative=1e-5))
     assert same_value(0.5, 0.5000001, near)
     assert not same_value(5, 5.0000001, near)
     assert not same_value(0.5, True, Tolerance(absolute=9))
+
+
+def test_a_difference_is_short_whatever_was_printed() -> None:
+    start = time.process_time()
+    for printed in ("x" * (16 << 20), "ab\n" * (5 << 20), "ab " * (5 << 20)):
+        assert len(text_difference("1\n2 3\n4", printed) or "") < 150
+    assert time.process_time() - start < 2
+    assert text_difference("1\n2", "1\n2\n3\n4\n") == "expected 2 lines, found 4"
 
 
 def returned(value: object) -> Any:

@@ -168,6 +168,42 @@ def test_tests_see_the_helpers_of_the_prompt_and_exceptions_by_name(verifier: Co
     assert verifier.judge("    return helper(x)\n", answer).reason == "AssertionError in 'assert False'"
 
 
+def test_check_code_for_values_that_are_not_plain_data_gives_no_verdict(verifier: CodeVerifier) -> None:
+    check = "class Node:\n    pass\ndef check(candidate):\n    assert candidate(Node()) == 1\n\ncheck(f)"
+    verdict = verifier.judge("def f(x): return 1", {"format": "functional", "tests": [{"check": check}]}, form="answer")
+    assert verdict.correct is None
+    assert "the tests call the function with a value of type Node" in verdict.reason
+    # A solution cannot bring that about: too deep a value of its own is its own fault.
+    check = "def check(candidate):\n    assert candidate(candidate(1)) == 1\n\ncheck(f)"
+    code = "def f(x):\n    x = []\n    for _ in range(59): x = [x]\n    return x"
+    verdict = verifier.judge(code, {"format": "functional", "tests": [{"check": check}]}, form="answer")
+    assert verdict.correct is False
+
+
+def test_a_number_of_too_many_digits_is_judged_and_named(verifier: CodeVerifier) -> None:
+    answer = {"format": "functional", "fn_name": "f", "tests": [{"args": [], "output": 10**5000}]}
+    assert verifier.judge("def f(): return 10**5000", answer, form="answer").correct is True
+    assert "more digits" in verifier.judge("def f(): return 3", answer, form="answer").reason
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "out = open(1, 'w')\nout.write('3\\n')",
+        "import sys\nout = open(1, 'w')\nout.write('3\\n')\nsys.exit()",
+        "import io\nout = io.BufferedWriter(io.FileIO(1, 'w'))\nout.write(b'3\\n')",
+        "import io, sys\nprint(3)\nsys.stdout = io.StringIO()",
+        "import atexit, io, sys\nsys.stdout = text = io.StringIO()\n"
+        "atexit.register(lambda: sys.__stdout__.write(text.getvalue()))\nprint(3)",
+        "import sys\nprint(3)\nsys.stdout.close()",
+        "import os, sys\nsys.stdout = os.fdopen(1, 'w')\nprint(3)",
+    ],
+)
+def test_what_the_interpreter_writes_at_its_end_counts(verifier: CodeVerifier, code: str) -> None:
+    answer = {"format": "stdio", "tests": [{"input": "", "output": "3"}]}
+    assert verifier.judge(code, answer, form="answer").reason == "passed 1 test"
+
+
 def test_a_malformed_answer_is_a_data_error_that_names_the_prompt(verifier: CodeVerifier) -> None:
     with pytest.raises(DataError, match="tests"):
         verifier.judge("x", {"format": "stdio", "tests": []})
@@ -266,20 +302,23 @@ def telling(self):
     enter(self)
     print(os.stat(f"/proc/{self.first_process}/ns/pid").st_ino, flush=True)
 Sandbox.enter = telling
-answer = {"format": "stdio", "tests": [{"input": "", "output": ""}]}
+test = {"input": "", "output": ""} if sys.argv[1] == "stdio" else {"args": [], "output": ""}
+answer = {"format": sys.argv[1], "fn_name": "f", "tests": [test]}
 CodeVerifier().judge("import time\\ntime.sleep(600)", answer, form="answer")
 """
 
 
-def test_nothing_outlives_a_verifier_that_is_killed() -> None:
+@pytest.mark.parametrize("form", ["stdio", "functional"])
+def test_nothing_outlives_a_verifier_that_is_killed(form: str) -> None:
     need_sandbox()
     source = str(Path(__file__).resolve().parents[1] / "src")
     with subprocess.Popen(
-        [sys.executable, "-c", KILLED], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": source}
+        [sys.executable, "-c", KILLED, form], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": source}
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()  # the probe's
         namespace = int(process.stdout.readline())
+        time.sleep(0.5)  # the program sleeps by now: nothing inside reads the pipe and sees its end
         assert processes_in(namespace)
         held = os.open(f"/proc/{processes_in(namespace)[0]}/ns/pid", os.O_RDONLY)
         try:

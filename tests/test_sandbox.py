@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import socket
 import threading
 import time
@@ -17,7 +19,7 @@ from scope_opd.verify.sandbox import bubblewrap, driver
 from scope_opd.verify.sandbox.bubblewrap import Launcher
 from scope_opd.verify.sandbox.limits import CodeLimits
 from scope_opd.verify.sandbox.plain import MAX_MESSAGE, NotPlainError, decode, encode, message_of, read_json
-from scope_opd.verify.sandbox.process import Sandbox, SandboxFailure, Stopped
+from scope_opd.verify.sandbox.process import Sandbox, SandboxFailure, Stopped, error_of
 from scope_opd.verify.sandbox.seccomp import filter_program
 
 SECRET = "the-secret-that-must-stay-outside"
@@ -71,7 +73,7 @@ def f():
         root, proc, etc, devices, installed = call()
     assert not {"home", "work", "var", "mnt", "opt", "srv", "sys", "proc", "run"} & set(root)
     assert (proc, etc, installed) == (False, ["ld.so.cache"], [])
-    assert devices == ["null", "random", "urandom", "zero"]
+    assert devices == ["null", "random", "urandom"]
 
 
 def test_the_environment_is_empty(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,9 +232,14 @@ def f():
 
 def test_memory_that_rlimits_do_not_count_is_refused(launcher: Launcher) -> None:
     code = """
-import ctypes, os
+import ctypes, mmap, os
 def f():
     libc = ctypes.CDLL(None, use_errno=True)
+    def shared():
+        try:
+            mmap.mmap(-1, 1 << 20)
+        except PermissionError:
+            return True
     def refused(name, *args):
         ctypes.set_errno(0)
         return getattr(libc, name)(*args) == -1 and ctypes.get_errno() == 1
@@ -249,6 +256,8 @@ def f():
         "memfd": refused("memfd_create", b"x", 0),
         "shmget": refused("shmget", 0, 1 << 20, 0o1600),
         "msgget": refused("msgget", 0, 0o1600),
+        "shared anonymous memory": shared(),
+        "private anonymous memory": mmap.mmap(-1, 1 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).write(b"x") == 1,
         "unshare": refused("unshare", CLONE_NEWUSER),
         "clone": cloned == (-1, 1),
         "mount": refused("mount", b"x", b"/tmp", b"tmpfs", 0, None),
@@ -368,6 +377,80 @@ def f():
 """
     with Inside(launcher, code) as call, pytest.raises(Stopped, match="memory limit"):
         call()
+
+
+BUSY = """
+import os, threading, time
+def fill():
+    time.sleep(0.3)
+    for _ in range(8):
+        if os.fork() == 0:
+            held = bytearray(b"x") * (120 << 20)
+            time.sleep(60)
+threading.Thread(target=fill, daemon=True).start()
+def f(x):
+    os.write(4, (1 << 20).to_bytes(4, "big") + b"V")
+    while True:
+        os.write(4, b"x")
+        time.sleep(0.002)
+"""
+
+
+def test_memory_is_watched_while_a_pipe_is_kept_busy(launcher: Launcher) -> None:
+    with Inside(launcher, BUSY) as call, pytest.raises(Stopped, match="memory limit"):
+        call(1)
+
+
+def test_memory_is_watched_while_nothing_is_read(launcher: Launcher) -> None:
+    with Inside(launcher, BUSY.replace("def f(x)", "def f()") + "def g(): time.sleep(60)") as call:
+        call.sandbox.send(driver.CALL, {"name": "g", "args": [], "kwargs": {}}, call.until)
+        with pytest.raises(Stopped, match="memory limit"):
+            call("x" * (1 << 20))
+
+
+@pytest.mark.parametrize("kind", [b"V", b"O", b"E"])
+def test_a_forged_report_is_short_or_none(launcher: Launcher, kind: bytes) -> None:
+    for size in (60_000, 1 << 20):
+        frame = f"({size}).to_bytes(4, 'big') + {kind!r} + b'\"' + b'x' * ({size} - 2) + b'\"'"
+        with Inside(launcher, f"import os\ndef f():\n    os.write(4, {frame})\n") as call:
+            call.sandbox.send(driver.CALL, {"name": "f", "args": [], "kwargs": {}}, call.until)
+            try:
+                said = error_of(call.sandbox.receive(call.until)[1])
+            except Stopped as stopped:
+                said = str(stopped)
+        assert len(said) < 500
+
+
+def test_descriptors_that_run_out_are_a_failure_that_leaks_none(launcher: Launcher) -> None:
+    def count() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    with Inside(launcher, "def f(): pass"):  # the guard too has its descriptors now
+        pass
+    before, slots = count(), launcher.slots.qsize()
+    bounds = resource.getrlimit(resource.RLIMIT_NOFILE)
+    failures = 0
+    try:
+        for more in range(14):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (before - 1 + more, bounds[1]))
+            try:
+                with Sandbox(launcher) as sandbox:
+                    sandbox.enter()
+            except SandboxFailure:
+                failures += 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, bounds)
+    assert failures >= 5
+    assert (count(), launcher.slots.qsize()) == (before, slots)
+
+
+def test_bubblewrap_killed_from_outside_is_no_fault_of_the_program(launcher: Launcher) -> None:
+    with Inside(launcher, "def f():\n    while True: pass") as call:
+        call.sandbox.send(driver.CALL, {"name": "f", "args": [], "kwargs": {}}, call.until)
+        os.kill(call.sandbox.process.pid, signal.SIGKILL)
+        call.sandbox.kill()
+        with pytest.raises(SandboxFailure, match="signal 9"):
+            call.sandbox.receive(call.until)
 
 
 def test_too_large_an_answer_ends_the_conversation(launcher: Launcher) -> None:

@@ -2,7 +2,7 @@
 
 Printed text (``stdio``): white space at both ends of the output and of each line does not count, nor does how much of
 it separates two tokens; line breaks between do. Two tokens are equal as texts or as decimal numbers (``1.0`` is ``1``,
-``5e1`` is ``50``), which is LiveCodeBench's rule. Upper and lower case differ.
+``5e1`` is ``50``), which is LiveCodeBench's rule; only digits of ASCII make a number. Upper and lower case differ.
 
 Returned values (``functional``): equal as Python compares JSON values (``1`` is ``1.0`` is ``true``), a tuple as a
 list. A set, or any other type that JSON lacks, is never right.
@@ -11,7 +11,7 @@ With a tolerance a number may differ by ``absolute`` or ``relative`` x |expected
 one is not whole as it is written (``0.5``, ``1e-3``; in values a float): a count is right or wrong.
 
 What a solution returned is walked along the expected value and never built into a set or dictionary of our own, whose
-keys it could have chosen to collide.
+keys it could have chosen to collide; what it printed is cut into no more pieces than the expected text has.
 """
 
 from __future__ import annotations
@@ -33,23 +33,27 @@ def text_difference(expected: str, printed: str, tolerance: Tolerance | None = N
     """None where the printed text is right, else what differs, short."""
     if expected == printed:
         return None
-    wanted, found = expected.strip().split("\n"), printed.strip().split("\n")
+    expected, printed = expected.strip(), printed.strip()
+    wanted = expected.split("\n")
+    found = printed.split("\n", len(wanted))
     for place, (left, right) in enumerate(zip(wanted, found, strict=False), 1):
-        if left != right and not _same_line(left.split(), right.split(), tolerance):
+        if left != right and not _same_line(left.split(), right, tolerance):
             return f"line {place}: expected {shown(left.strip())}, found {shown(right.strip())}"
     if len(wanted) != len(found):
-        return f"expected {len(wanted)} lines, found {len(found)}"
+        return f"expected {len(wanted)} lines, found {printed.count(chr(10)) + 1}"
     return None
 
 
-def _same_line(wanted: list[str], found: list[str], tolerance: Tolerance | None) -> bool:
+def _same_line(wanted: list[str], line: str, tolerance: Tolerance | None) -> bool:
+    found = line.split(None, len(wanted))
     return len(wanted) == len(found) and all(
         left == right or _same_number(left, right, tolerance) for left, right in zip(wanted, found, strict=True)
     )
 
 
 def _same_number(left: str, right: str, tolerance: Tolerance | None) -> bool:
-    if max(len(left), len(right)) > _NUMBER_LENGTH or "_" in left + right:  # Decimal reads 1_0 as 10
+    both = left + right
+    if max(len(left), len(right)) > _NUMBER_LENGTH or "_" in both or not both.isascii():  # Decimal reads 1_0 as 10
         return False
     try:
         wanted, found = Decimal(left), Decimal(right)
@@ -63,7 +67,9 @@ def _same_number(left: str, right: str, tolerance: Tolerance | None) -> bool:
 
 
 def _near(wanted: float, found: float, tolerance: Tolerance) -> bool:
-    return math.isfinite(found) and abs(wanted - found) <= max(tolerance.absolute, tolerance.relative * abs(wanted))
+    if not (math.isfinite(wanted) and math.isfinite(found)):  # 1e400 is infinite, and near to everything
+        return False
+    return abs(wanted - found) <= max(tolerance.absolute, tolerance.relative * abs(wanted))
 
 
 def same_value(expected: Any, tree: Any, tolerance: Tolerance | None = None) -> bool:
@@ -115,8 +121,16 @@ def _same_pairs(expected: dict[Any, Any], pairs: Any, tolerance: Tolerance | Non
     return len(seen) == len(expected)
 
 
-def shown(value: Any) -> str:
-    """A value for a reason: short, on one line."""
-    text = value if isinstance(value, str) else repr(value)
-    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+def shown_value(value: Any) -> str:
+    """A value for a reason, as it is written in Python."""
+    try:
+        return shown(repr(value))
+    except ValueError:
+        return "a number of more digits than the interpreter writes"
+
+
+def shown(text: str) -> str:
+    """A text for a reason: short, on one line."""
+    text = " ".join(text[: 10 * SHOWN].split())
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
     return repr(text if len(text) <= SHOWN else text[: SHOWN - 3] + "...")

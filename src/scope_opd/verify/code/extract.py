@@ -3,8 +3,9 @@
 Scope first, by the rule of maths answers (``verify.math.extract.visible``): with ``after_think`` only what follows the
 last closed thinking block counts, and nothing of a block that is never closed. In what is left, the last fenced block
 marked as Python is the program; without one the last fenced block of no or another language. A block that is never
-closed is cut off and does not count. Without any block there is no program, except for a completion of a given start
-(HumanEval), where the text itself is the completion.
+closed is cut off and does not count; nor does one that another Python block opens in, which then counts by itself.
+Without any block there is no program, except for a completion of a given start (HumanEval), where the text itself is
+the completion.
 
 Not covered: indented code without a fence; programs spread over several blocks.
 """
@@ -15,7 +16,8 @@ import ast
 import re
 import warnings
 
-_FENCE = re.compile(r"^[^`~\n]*?(`{3,}|~{3,})[ \t]*([A-Za-z0-9_+#.-]*)[^`\n]*$")
+# Possessive, or a long line would be read again from each of its characters.
+_FENCE = re.compile(r"[^`~]*+(`{3,}+|~{3,}+)[ \t]*+([A-Za-z0-9_+#.-]*+)[^`]*+\Z")
 PYTHON = frozenset({"python", "py", "python3", "python2", "ipython"})
 
 
@@ -23,11 +25,12 @@ def last_block(text: str) -> str | None:
     """The last closed fenced Python block, else the last closed fenced block, else None. One pass."""
     python = other = None
     fence, language, lines = "", "", [""]
-    for line in text.splitlines():
+    for line in text.replace("\r\n", "\n").split("\n"):  # and at nothing else: a text in a program may hold U+2028
         mark = _FENCE.match(line)
-        if not fence:
-            if mark:
-                fence, language, lines = mark[1], mark[2].lower(), []
+        if mark and (not fence or (mark[2].lower() in PYTHON and not line[: mark.start(1)].strip())):
+            fence, language, lines = mark[1], mark[2].lower(), []
+        elif not fence:
+            continue
         elif mark and not mark[2] and line.strip().strip(fence[0]) == "" and len(mark[1]) >= len(fence):
             block = "\n".join(lines) + "\n"
             if language in PYTHON:

@@ -104,6 +104,10 @@ def _pair(test: Mapping[str, Any], place: int) -> tuple[str, str]:
     for key in ("input", "output"):
         if not isinstance(test.get(key), str):
             raise ValueError(f"test {place}: {key} is {_shown(test.get(key))}; expected a text (format stdio)")
+        try:
+            test[key].encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"test {place}: {key} holds half a character; expected UTF-8 (format stdio)") from None
     return test["input"], test["output"]
 
 

@@ -14,20 +14,24 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-from scope_opd.verify.code.compare import same_value, shown, text_difference
+from scope_opd.verify.code.compare import same_value, shown, shown_value, text_difference
 from scope_opd.verify.code.formats import CallTask, CheckTask, StdioTask, Task
 from scope_opd.verify.code.preamble import names_for
 from scope_opd.verify.sandbox import driver
 from scope_opd.verify.sandbox.limits import CodeLimits
-from scope_opd.verify.sandbox.plain import MAX_MESSAGE, NotPlainError, decode, read_json
+from scope_opd.verify.sandbox.plain import MAX_MESSAGE, NotPlainError, decode, encode, read_json
 from scope_opd.verify.sandbox.process import Ended, Sandbox, SandboxFailure, Stopped, error_of, printable
 
 TEST_IMPORTS = ("typing", "math", "random", "copy")
 """What most check code and most prompts import: loaded once for all checks of a sandbox."""
+MAX_RATIO = 10
+"""How many times as long as an expected value a returned one may be written and still be equal (``1``, ``1.0``)."""
+SURELY_READ = 1 << 16
+"""Bytes of a returned value that are read whatever was expected."""
 _AT_LINE = re.compile(r"\(line (\d+)\)$")
 
 
@@ -103,12 +107,11 @@ def _check(
         "names": names_for(test) if contest else [],
     }
     _load(solution, pieces, until, contest=contest, process=False)
-    try:
+    with _not_the_program():
         tests.send(driver.CHECK, order, until)
-        kind, payload = tests.receive(until, watched=(solution,))
-    except Ended as ended:  # it forks each check: its own end says nothing about the program
-        raise SandboxFailure(f"for the tests: {ended}") from None
     while True:
+        with _not_the_program():
+            kind, payload = tests.receive(until, watched=(solution,))
         if kind == driver.PASSED:
             return None
         if kind == driver.FAILED:
@@ -121,8 +124,17 @@ def _check(
         kind, payload = solution.receive(until, watched=(tests,))
         if kind not in (driver.VALUE, driver.ERROR, driver.REFUSED):
             raise Stopped("the program wrote over its pipe")
-        tests.forward(kind, payload, until)
-        kind, payload = tests.receive(until, watched=(solution,))
+        with _not_the_program():
+            tests.forward(kind, payload, until)
+
+
+@contextmanager
+def _not_the_program() -> Iterator[None]:
+    """The tests' sandbox forks each check: its own end says nothing about the program."""
+    try:
+        yield
+    except Ended as ended:
+        raise SandboxFailure(f"for the tests: {ended}") from None
 
 
 def _load(solution: Sandbox, pieces: list[str], until: float, *, contest: bool, process: bool) -> None:
@@ -136,10 +148,14 @@ def _load(solution: Sandbox, pieces: list[str], until: float, *, contest: bool, 
 
 def _call(task: CallTask, place: int, solution: Sandbox, until: float) -> str | None:
     test = task.tests[place]
+    wrong = "wrong result: expected {}, found {}"
     solution.send(driver.CALL, {"name": test.name, "args": list(test.args), "kwargs": {}}, until)
     kind, payload = solution.receive(until)
     if kind != driver.VALUE:
         return error_of(payload) if kind == driver.ERROR else f"returned {error_of(payload)}"
+    # Millions of empty lists take this process seconds to read: not where nothing like it was expected.
+    if len(payload) > SURELY_READ and len(payload) > MAX_RATIO * len(encode(list(test.outputs))):
+        return wrong.format(shown_value(test.outputs[-1]), f"{len(payload)} bytes")
     try:
         tree = read_json(payload)
     except NotPlainError as error:
@@ -147,10 +163,10 @@ def _call(task: CallTask, place: int, solution: Sandbox, until: float) -> str | 
     if any(same_value(output, tree, task.tolerance) for output in test.outputs):
         return None
     try:
-        returned = shown(repr(decode(tree))) if len(payload) < 1000 else f"{len(payload)} bytes"
+        returned = shown_value(decode(tree)) if len(payload) < 1000 else f"{len(payload)} bytes"
     except NotPlainError:
         returned = "no plain value"
-    return f"wrong result: expected {shown(repr(test.outputs[-1]))}, found {returned}"
+    return wrong.format(shown_value(test.outputs[-1]), returned)
 
 
 def _run(task: StdioTask, place: int, solution: Sandbox, until: float) -> str | None:

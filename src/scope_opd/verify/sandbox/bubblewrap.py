@@ -1,10 +1,10 @@
 """How a sandbox is started: bubblewrap's command line, the user inside, and the checks before the first program.
 
 Inside there are: the C library's folders, the interpreter and its standard library (without site-packages), all
-read-only; four devices (null, zero, random, urandom); a temporary folder of bounded size, the only place that can be
-written; nothing of ``/etc`` but the loader's cache, no ``/proc``, no ``/home``, no ``/root``. No network, an own
-process namespace in which the driver is the first process (when it ends the kernel ends every other one, and it ends
-when we do), an empty environment.
+read-only; three devices (null, random, urandom: a shared mapping of zero would be memory that no limit counts); a
+temporary folder of bounded size, the only place that can be written; nothing of ``/etc`` but the loader's cache, no
+``/proc``, no ``/home``, no ``/root``. No network, an own process namespace in which the driver is the first process
+(when it ends the kernel ends every other one, and it ends when we do: ``guard``), an empty environment.
 
 The interpreter may lie in a folder that only its owner may enter (``/root/.pyenv``). That decides who drops privileges
 when: run by root, bubblewrap binds the folders as root, keeps nothing but the right to change the user, and the driver
@@ -38,7 +38,7 @@ from scope_opd.verify.sandbox.seccomp import filter_program
 INSTALL = "install the package bubblewrap (apt-get install bubblewrap, or dnf install bubblewrap)"
 TRUST = "pass --allow-unsandboxed (verify.allow_unsandboxed = true) if all of the code is trusted"
 SYSTEM_FOLDERS = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/nix/store", "/gnu/store")
-DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+DEVICES = ("/dev/null", "/dev/random", "/dev/urandom")
 SLOTS = 512
 """Sandboxes alive at once in one process at most; each has a user id of its own."""
 _FREE_SLOTS: queue.SimpleQueue[int] = queue.SimpleQueue()

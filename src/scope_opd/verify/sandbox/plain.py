@@ -31,13 +31,17 @@ class NotPlainError(Exception):
     """A value that may not cross a pipe, or a frame that is not one of ours."""
 
 
+class ForeignTypeError(NotPlainError):
+    """A value, or a part of one, of a type that is not plain data."""
+
+
 def encode(value: Any, depth: int = 0) -> str:
     """Plain data as JSON text. What JSON lacks is an object of one tagged member: ``{"t": [1, 2]}`` is a tuple.
 
     Subclasses (``defaultdict``, a named tuple, an ``IntEnum``) cross as what they subclass.
 
     Raises:
-        NotPlainError: another type, or nesting beyond ``MAX_DEPTH``.
+        NotPlainError: another type (``ForeignTypeError``), or nesting beyond ``MAX_DEPTH``.
     """
     if value is None:
         return "null"
@@ -70,7 +74,7 @@ def encode(value: Any, depth: int = 0) -> str:
         return f'{{"c": [{encode(value.real)}, {encode(value.imag)}]}}'
     if isinstance(value, bytes):
         return f'{{"b": "{bytes.hex(value)}"}}'
-    raise NotPlainError(f"a value of type {type(value).__name__}")
+    raise ForeignTypeError(f"a value of type {type(value).__name__}")
 
 
 def _sequence(values: Any, depth: int) -> str:

@@ -19,7 +19,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from scope_opd.verify.sandbox import driver
-from scope_opd.verify.sandbox.plain import NotPlainError, encode, read_json
+from scope_opd.verify.sandbox.guard import GUARD
+from scope_opd.verify.sandbox.plain import MAX_MESSAGE, NotPlainError, encode, read_json
 
 if TYPE_CHECKING:
     from scope_opd.verify.sandbox.bubblewrap import Launcher
@@ -30,6 +31,8 @@ WATCH_S = 0.025
 """Between two looks at the memory of a sandbox's processes."""
 SMALL_FRAME = 1 << 16
 """Bytes of a frame that carries a report rather than values."""
+LONGEST_REPORT = MAX_MESSAGE + 100
+"""Characters of a report at most: a message, its type, its line."""
 _LARGE = (driver.VALUE, driver.OUTPUT, driver.CALL)
 
 
@@ -63,6 +66,7 @@ class Sandbox:
         self.lock = threading.Lock()
         self.doomed = self.closed = False
         self.buffer = bytearray()
+        self.next_look = 0.0
         try:
             self._start()
         except OSError as error:
@@ -75,21 +79,22 @@ class Sandbox:
         launcher = self.launcher
         passed: list[int] = []
         extra: dict[str, Any] = {}
-        if launcher.sandboxed:
-            assert launcher.filter is not None
-            seccomp, seccomp_write = os.pipe()
-            os.write(seccomp_write, launcher.filter)  # smaller than a pipe
-            os.close(seccomp_write)
-            self.info, info_write = os.pipe()
-            passed = [seccomp, info_write]
-            if (user := launcher.user_outside(self.slot)) is not None:
-                extra = {"user": user, "group": user, "extra_groups": []}
-            command = launcher.command(self.slot, seccomp, info_write)
-        else:
-            self.folder = tempfile.TemporaryDirectory(prefix="scope-code-")
-            extra = {"cwd": self.folder.name, "env": _environment(), "start_new_session": True}
-            command = launcher.command(self.slot, None, None)
         try:
+            if launcher.sandboxed:
+                assert launcher.filter is not None
+                seccomp, seccomp_write = os.pipe()
+                passed.append(seccomp)
+                os.write(seccomp_write, launcher.filter)  # smaller than a pipe
+                os.close(seccomp_write)
+                self.info, info_write = os.pipe()
+                passed.append(info_write)
+                if (user := launcher.user_outside(self.slot)) is not None:
+                    extra = {"user": user, "group": user, "extra_groups": []}
+                command = launcher.command(self.slot, seccomp, info_write)
+            else:
+                self.folder = tempfile.TemporaryDirectory(prefix="scope-code-")
+                extra = {"cwd": self.folder.name, "env": _environment(), "start_new_session": True}
+                command = launcher.command(self.slot, None, None)
             self.process = subprocess.Popen(
                 command, bufsize=0, stdin=-1, stdout=-1, stderr=-1, pass_fds=passed, **extra
             )
@@ -133,6 +138,7 @@ class Sandbox:
         """The first process inside, from bubblewrap's report; held by a pidfd, which cannot come to mean another."""
         if self.info is None:
             self.first_process = self.process.pid
+            self._hold()
             return
         report = b""
         while not report.rstrip().endswith(b"}"):
@@ -148,8 +154,16 @@ class Sandbox:
             with contextlib.suppress(AttributeError, OSError):  # before Linux 5.3; or it has ended, as the reader sees
                 self.pidfd = os.pidfd_open(json.loads(report)["child-pid"])
             self.first_process = json.loads(report)["child-pid"]
+        self._hold()
         if self.doomed:
             self.kill()
+
+    def _hold(self) -> None:
+        assert self.first_process is not None
+        try:
+            GUARD.hold(self.first_process, _interpreter())
+        except OSError as error:
+            raise SandboxFailure(f"{error.filename or 'python'}: {error.strerror}") from None
 
     def send(self, kind: bytes, value: Any, deadline: float) -> None:
         """Send an order whose content is plain data."""
@@ -170,7 +184,8 @@ class Sandbox:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise Stopped("time limit")
-            poll.poll(left * 1000)
+            self._look()
+            poll.poll(min(left, WATCH_S) * 1000)
             try:
                 rest = rest[os.write(self.to, rest) :]
             except BlockingIOError:
@@ -204,10 +219,8 @@ class Sandbox:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise Stopped("time limit")
+            self._look(watched)
             if not poll.poll(min(left, WATCH_S) * 1000):
-                for sandbox in (self, *watched):
-                    if sandbox.resident_bytes() > self.limits.memory_mb << 20:
-                        raise Stopped("memory limit")
                 continue
             try:
                 part = os.read(self.back, min(max(needed - len(self.buffer), 5), 1 << 20))
@@ -216,6 +229,15 @@ class Sandbox:
             if not part:
                 raise Ended(self._end())
             self.buffer += part
+
+    def _look(self, watched: Iterable[Sandbox] = ()) -> None:
+        """Every ``WATCH_S``, however busy its pipes are, see how much memory it holds."""
+        if (now := time.monotonic()) < self.next_look:
+            return
+        self.next_look = now + WATCH_S
+        for sandbox in (self, *watched):
+            if sandbox.resident_bytes() > self.limits.memory_mb << 20:
+                raise Stopped("memory limit")
 
     def resident_bytes(self) -> int:
         """Private memory of every process inside, as far as the kernel lists them."""
@@ -262,7 +284,7 @@ class Sandbox:
     def close(self) -> None:
         """End it, wait until every process inside is gone, and free what it held."""
         if self.first_process is None:  # bubblewrap killed halfway would leave a child behind that waits for it
-            with contextlib.suppress(Stopped):
+            with contextlib.suppress(Stopped, SandboxFailure):
                 self._find_first_process(time.monotonic() + START_TIMEOUT_S)
         self.kill()
         if self.pidfd is not None:
@@ -272,6 +294,8 @@ class Sandbox:
         except subprocess.TimeoutExpired:  # pragma: no cover - bubblewrap stopped from outside
             self.process.kill()
             self.process.wait()
+        if self.first_process is not None:
+            GUARD.release(self.first_process)
         with self.lock:
             self.closed = True
             for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
@@ -299,11 +323,17 @@ class Sandbox:
         return lines[-1] if lines else ""
 
     def _end(self) -> str:
-        """How the process ended, once its pipe has closed."""
+        """How the process ended, once its pipe has closed.
+
+        Raises:
+            SandboxFailure: bubblewrap itself was killed, which nothing inside can do.
+        """
         try:
             status = self.process.wait(1.0)
         except subprocess.TimeoutExpired:
             return "the program closed the pipe"
+        if status < 0 and self.launcher.sandboxed:
+            raise SandboxFailure(f"bubblewrap was ended by signal {-status}")
         number = -status if status < 0 else status - 128
         if 0 < number < signal.NSIG:
             return f"the program was ended by signal {number} ({_signal_name(number)})"
@@ -311,17 +341,19 @@ class Sandbox:
 
 
 def error_of(payload: bytes) -> str:
-    """What an ERROR, REFUSED, FAILED or TROUBLE frame says, as one line of printable characters.
+    """What an ERROR, REFUSED, FAILED or TROUBLE frame says, as one short line of printable characters.
 
     Raises:
         Stopped: the frame is not one that our driver would write.
     """
     try:
+        if len(payload) > SMALL_FRAME:
+            raise NotPlainError("too long for a report")
         said = read_json(payload)
     except NotPlainError:
         raise Stopped("the program wrote over its pipe") from None
     parts = said if isinstance(said, list) else [said]
-    return printable(": ".join(str(part) for part in parts if part))
+    return printable(": ".join(str(part) for part in parts if part)[:LONGEST_REPORT])
 
 
 def printable(text: str) -> str:
@@ -344,3 +376,9 @@ def _environment() -> dict[str, str]:
     from scope_opd.verify.sandbox.bubblewrap import ENVIRONMENT
 
     return dict(ENVIRONMENT)
+
+
+def _interpreter() -> list[str]:
+    from scope_opd.verify.sandbox.bubblewrap import PYTHON_FLAGS, interpreter
+
+    return [interpreter(), *PYTHON_FLAGS]

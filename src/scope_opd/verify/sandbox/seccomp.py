@@ -3,7 +3,7 @@
 Namespaces, rlimits and a bounded temporary folder leave gaps that only such a filter closes:
 
     user namespaces     a program could become root of a new one and mount an unbounded tmpfs
-    memfd, SysV and POSIX shared memory, message queues   memory that RLIMIT_AS does not count
+    memfd, SysV and anonymous shared memory, message queues   memory that outlives its mapping: no limit counts it
     vsock and other socket families     reach the host of a virtual machine past the network namespace
     ptrace, bpf, io_uring, userfaultfd, keyrings ...      large parts of the kernel that no solution needs
 
@@ -22,11 +22,12 @@ from __future__ import annotations
 import platform
 import struct
 
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _AND, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
 _ALLOW, _KILL, _EPERM, _ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
-_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
+_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT, _FOURTH_ARGUMENT = 0, 4, 16, 40  # offsets in struct seccomp_data
 _X32 = 0x40000000
 _NEW_NAMESPACES = 0x7E020000 | 0x80  # CLONE_NEW* : time, mount, cgroup, uts, ipc, user, pid, net
+_SHARED_ANONYMOUS = 0x01 | 0x20  # MAP_SHARED (or MAP_SHARED_VALIDATE, which has its bit), MAP_ANONYMOUS
 _SOCKET_FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6: they end at the network namespace
 
 # name: (x86-64, aarch64). Numbers from 424 on are the same everywhere.
@@ -48,7 +49,7 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265), "fanotify_init": (300, 262),
     "modify_ldt": (154, None), "iopl": (172, None), "ioperm": (173, None), "uselib": (134, None),
 }  # fmt: skip
-_CLONE, _CLONE3, _SOCKET, _SOCKETPAIR = (56, 220), 435, (41, 198), (53, 199)
+_CLONE, _CLONE3, _MMAP, _SOCKET, _SOCKETPAIR = (56, 220), 435, (9, 222), (41, 198), (53, 199)
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 
@@ -70,6 +71,14 @@ def filter_program(machine: str | None = None) -> bytes | None:
         (_EQUAL, 0, 4, _CLONE[column]),
         (_LOAD, 0, 0, _FIRST_ARGUMENT),
         (_ANY_BIT, 0, 1, _NEW_NAMESPACES & ~0x80),  # CLONE_NEWTIME (0x80) shares its bit with clone's exit signal
+        (_RETURN, 0, 0, _EPERM),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
+    code += [
+        (_EQUAL, 0, 5, _MMAP[column]),
+        (_LOAD, 0, 0, _FOURTH_ARGUMENT),
+        (_AND, 0, 0, _SHARED_ANONYMOUS),
+        (_EQUAL, 0, 1, _SHARED_ANONYMOUS),
         (_RETURN, 0, 0, _EPERM),
         (_RETURN, 0, 0, _ALLOW),
     ]
