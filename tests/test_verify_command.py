@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from scope_opd.cli.main import main
 from scope_opd.cli.verify_command import MAX_WAITING, AnswerRow, Judging, answer_row
 from scope_opd.config import VerifyConfig
 from scope_opd.errors import DataError
-from scope_opd.types import Verdict
+from scope_opd.types import Prompt, Verdict
+from scope_opd.verify.answers import build_answer_verifier
 from shared_data import data_rows
 
 COMMAND = [sys.executable, "-m", "scope_opd", "verify"]
@@ -296,3 +298,18 @@ def test_real_outputs_are_judged_as_their_labels_say(tmp_path: Path, capsys: pyt
     _, found, err = judge(tmp_path, capsys, rows, "--summary")
     assert [row["id"] for row in found] == [row["id"] for row in rows]
     assert "600 of 600 as expected (100.0 %)" in err
+
+
+def test_code_whose_tests_cannot_be_read_is_named_by_its_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = {"format": "stdio", "tests": [{"input": 1, "output": "1"}]}
+    code, _, err = judge(tmp_path, capsys, [{"id": "a", "prediction": "x", "answer": answer}], "--allow-unsandboxed")
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert "rows.jsonl line 1 (id 'a'): test 1: input is 1" in err
+    with (
+        closing(build_answer_verifier(VerifyConfig(allow_unsandboxed=True))) as verifier,
+        pytest.raises(DataError, match="'p': test 1"),
+    ):
+        verifier.prepare([Prompt("p", "q", answer, ())])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +21,7 @@ from scope_opd.errors import ScopeError
 if TYPE_CHECKING:
     from scope_opd.cli.checks import Finding, Level
     from scope_opd.config import Config
+    from scope_opd.types import Prompt
 
 LOAD_LIMIT = 2_000_000_000
 """Bytes of weight files up to which a model is loaded rather than only described."""
@@ -164,6 +165,7 @@ def settings_and_data(config: Config, longest: list[int]) -> Iterator[Finding]:
     yield Finding("lengths", "ok", f"{span}; contexts: {shown}")
     text = prompts[0].text
     yield Finding("first prompt", "ok", repr(text if len(text) <= SHOWN_PROMPT else text[:SHOWN_PROMPT] + " ..."))
+    judged = list(prompts)
     held_out = inputs.eval_source(config)
     if held_out is not None:
         eval_data = inputs.load_data(config, held_out, "heldout")
@@ -172,6 +174,24 @@ def settings_and_data(config: Config, longest: list[int]) -> Iterator[Finding]:
         eval_prompts = inputs.render(config, eval_rows, tokenizer, limit, max_tokens=max_tokens, warnings=warnings)
         yield from (Finding("data.eval", "warn", line) for line in warnings)
         yield checks.overlap(prompts, eval_prompts)
+        judged += eval_prompts
+    yield verifier(config, judged)
+
+
+def verifier(config: Config, prompts: Sequence[Prompt]) -> Finding:
+    """Whether the run's verifier refuses an answer, or lacks the sandbox that code needs."""
+    from scope_opd.cli import inputs
+    from scope_opd.cli.checks import Finding
+    from scope_opd.gold import is_code
+
+    try:
+        built, _ = inputs.build_verifier(config, prompts)
+    except ScopeError as error:
+        return _failure("verifier", error)
+    if close := getattr(built, "close", None):
+        close()
+    code = sum(is_code(prompt.answer) for prompt in prompts)
+    return Finding("verifier", "ok", f"{config.data.verifier}; {code} of {len(prompts)} answers are code")
 
 
 def pair(config: Config, tokens: int) -> Iterator[Finding]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from scope_opd.config import VerifyConfig
     from scope_opd.types import Verdict
     from scope_opd.verify.answers import AnswerVerifier
+    from scope_opd.verify.code.verifier import CodeVerifier
 
 MAX_WAITING = 512
 """Rows that are read and not printed yet, at most."""
@@ -235,7 +236,7 @@ class Judging:
             code = self.verifier.code
             if self._code_threads is None:
                 self._code_threads = ThreadPoolExecutor(self._workers or usable_cores())
-            future = self._code_threads.submit(code.judge, row.prediction, row.answer, form=row.form)
+            future = self._code_threads.submit(_judge_code, code, row)
         else:
             assert self.verifier.maths is not None
             settings = replace(self.maths, form=row.form, tolerance=row.tolerance or self.maths.tolerance)
@@ -305,6 +306,14 @@ class Judging:
                 f"{self.agreement[True, None] + self.agreement[False, None]} without a verdict"
             )
         return "\n".join(lines)
+
+
+def _judge_code(code: CodeVerifier, row: AnswerRow) -> Verdict:
+    """A verdict on code; an answer whose tests cannot be read is complained of by its place."""
+    try:
+        return code.judge(row.prediction, row.answer, form=row.form)
+    except DataError as error:
+        raise DataError(f"{row.where}: {error.found}", error.expected, error.remedy or "mend the row") from None
 
 
 def _settings(options: dict[str, Any]) -> VerifyConfig:

@@ -75,11 +75,19 @@ class AnswerVerifier:
         """Look at the prompts that will come, so that what cannot be judged here is known before anything is loaded.
 
         Raises:
-            DataError: an answer of a kind that this verifier refuses.
+            DataError: an answer of a kind that this verifier refuses, or code whose tests cannot be read.
             ScopeError: code, and nothing to run it in.
         """
         for prompt in prompts:
-            self._for(prompt.answer, f"prompt {prompt.id!r}")
+            where = f"prompt {prompt.id!r}"
+            self._for(prompt.answer, where)
+            if is_code(prompt.answer):
+                from scope_opd.verify.code.formats import parse_code_answer
+
+                try:
+                    parse_code_answer(prompt.answer)
+                except ValueError as error:
+                    raise DataError(f"{where}: {error}", remedy="mend or drop the row") from None
 
     async def verify(self, rollout: Rollout, prompt: Prompt) -> Verdict:
         """Judge ``rollout.text`` against ``prompt.answer``.
