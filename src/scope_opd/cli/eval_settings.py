@@ -129,5 +129,10 @@ def build_config(
 
 
 def verify_options(settings: VerifyConfig) -> dict[str, Any]:
-    """What of ``[verify]`` a verdict depends on, as it is recorded."""
-    return settings.model_dump(mode="json", exclude={"workers"})
+    """What a verdict depends on besides the answer, as it is recorded: ``[verify]`` and the versions of the rules."""
+    from importlib.metadata import version
+
+    from scope_opd import __version__
+
+    rules = {"scope_opd": __version__, "math_verify": version("math-verify")}
+    return {**settings.model_dump(mode="json", exclude={"workers"}), "rules": rules}

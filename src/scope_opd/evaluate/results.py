@@ -10,7 +10,7 @@ Figures of a benchmark (``metrics``): those of ``metrics.summarise`` with 95 % i
     length           response tokens (characters where there are no tokens): mean, median, 95th percentile
     distinct         mean over problems of the number of different final answers among its samples
     no_answer        share of samples without a final answer
-    nll              mean over samples of -log-prob a token of the distribution they were drawn from
+    nll              mean over response tokens of -log-prob of the distribution they were drawn from
 
 Not covered: tables (``tables``), comparisons (``compare``).
 """
@@ -77,7 +77,8 @@ def benchmark_results(task: Task, store: SampleStore, *, resamples: int) -> dict
     if not isinstance(n, int):
         found["n"] = {"smallest": min(ns), "largest": max(ns)}
     total = len(samples)
-    nlls = [row["nll"] for row in samples]
+    scored = [(row["nll"], row["tokens"]) for row in samples if row["nll"] is not None]
+    tokens = sum(length for _, length in scored)
     metrics = {
         **found,
         "samples": total,
@@ -86,7 +87,7 @@ def benchmark_results(task: Task, store: SampleStore, *, resamples: int) -> dict
         "no_answer": sum(row["extracted"] is None for row in samples) / total,
         "length": {"unit": unit, **_quantiles([length for problem in problems for length in problem["lengths"]])},
         "distinct": sum(problem["distinct"] for problem in problems) / len(problems),
-        "nll": math.fsum(nlls) / total if None not in nlls else None,
+        "nll": math.fsum(nll * length for nll, length in scored) / tokens if len(scored) == total else None,
     }
     return {"metrics": metrics, "problems": problems}
 
