@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import pickle
 import time
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -87,6 +89,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"format": "functional", "tests": [{"check": "check(f)"}, {"check": "check(g)"}]}, "one function"),
     ({"format": "stdio", "tests": [{"input": "\udc80", "output": "x"}]}, "test 1: input holds half a character"),
     ({"format": "java", "tests": []}, "format"),
+    ({"tests": []}, "format is missing"),
 ]
 
 
@@ -196,6 +199,35 @@ def test_taco_rows_of_each_kind() -> None:
 def test_tests_of_no_known_layout_are_refused(tests: Any) -> None:
     with pytest.raises(ValueError, match="expected"):
         loaders.from_tests(tests)
+
+
+KEYS = ["format", "tests", "input", "output", "args", "fn_name", "check", "tolerance", "output_any_of", "inputs",
+        "outputs", "functional", "testtype", "metadata", "func_name", "input_output", "starter_code",
+        "public_test_cases", "private_test_cases", "prompt", "test", "entry_point"]  # fmt: skip
+LEAVES = st.sampled_from(
+    ["stdio", "functional", "humaneval", "", "f", "[1]", "{}", "1e-6", "class Solution:\n def f(self, a, b): pass",
+     "a = {1,2}\nb = 3", "def check(c): pass\ncheck(f)", "\udc80", "9" * 5000, "[" * 5000, None, True, 1, 0.5, b"x"]
+)  # fmt: skip
+ANYTHING = st.recursive(LEAVES, lambda part: st.lists(part) | st.dictionaries(st.sampled_from(KEYS), part))
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), ANYTHING))
+def test_a_row_of_anything_is_read_or_refused(row: dict[str, Any]) -> None:
+    for read in (loaders.from_humaneval, loaders.from_livecodebench, loaders.from_taco, loaders.from_tests, dict):
+        with contextlib.suppress(ValueError):
+            parse_code_answer(read(row))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: loaders.from_taco({"input_output": {"inputs": ["1"], "outputs": ["2"]}, "starter_code": 5}),
+        lambda: loaders.from_livecodebench({"public_test_cases": [{"testtype": ["stdin"]}]}),
+    ],
+)
+def test_columns_of_a_wrong_type_are_refused(read: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        read()
 
 
 # -- the program in a response ---------------------------------------------------------------------------------------

@@ -197,6 +197,7 @@ def test_a_number_of_too_many_digits_is_judged_and_named(verifier: CodeVerifier)
         "atexit.register(lambda: sys.__stdout__.write(text.getvalue()))\nprint(3)",
         "import sys\nprint(3)\nsys.stdout.close()",
         "import os, sys\nsys.stdout = os.fdopen(1, 'w')\nprint(3)",
+        "import sys\nprint(3)\ndel sys.modules['__main__']",
     ],
 )
 def test_what_the_interpreter_writes_at_its_end_counts(verifier: CodeVerifier, code: str) -> None:

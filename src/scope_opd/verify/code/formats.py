@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from scope_opd.gold import Tolerance, check_code_answer, parse_tolerance
+from scope_opd.gold import CODE_FORMATS, Tolerance, check_code_answer, parse_tolerance
 from scope_opd.verify.sandbox.plain import NotPlainError, encode
 
 _CHECKED = re.compile(r"\bcheck\(\s*(Solution\(\)\s*\.\s*)?([A-Za-z_]\w*)\s*\)\s*\Z")
@@ -81,6 +81,8 @@ def parse_code_answer(answer: Mapping[str, Any]) -> Task:
     Raises:
         ValueError: one line that says what was found and what is expected.
     """
+    if "format" not in answer:
+        raise ValueError(f"format is missing; expected one of {', '.join(CODE_FORMATS)}")
     check_code_answer(answer)
     form = answer["format"]
     if form == "humaneval":

@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from scope_opd.verify.code.compare import same_value, shown, shown_value, text_difference
+from scope_opd.verify.code.extract import compiles
 from scope_opd.verify.code.formats import CallTask, CheckTask, StdioTask, Task
 from scope_opd.verify.code.preamble import names_for
 from scope_opd.verify.sandbox import driver
@@ -194,8 +195,6 @@ def _run(task: StdioTask, place: int, solution: Sandbox, until: float) -> str | 
 
 def compilable_prompt(prompt: str) -> str:
     """The start of a program as a program: its helper functions count, the function it breaks off in does nothing."""
-    from scope_opd.verify.code.extract import compiles
-
     for ending in ("", "\n    pass\n", "\n        pass\n"):
         if compiles(prompt + ending):
             return prompt + ending

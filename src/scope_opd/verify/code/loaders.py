@@ -76,6 +76,8 @@ def from_taco(row: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(tests, Mapping):
         raise ValueError(f"input_output is {_shown(tests)}; expected JSON with inputs and outputs (TACO's layout)")
     starter = row.get("starter_code") or ""
+    if not isinstance(starter, str):
+        raise ValueError(f"starter_code is {_shown(starter)}; expected a text (TACO's layout)")
     if not tests.get("fn_name") and "class Solution" in starter:
         return _from_starter(tests, starter)
     answer = from_tests(tests)
@@ -101,7 +103,8 @@ def from_tests(tests: Any, *, fn_name: str | None = None) -> dict[str, Any]:
         return _from_columns(tests, fn_name)
     if not isinstance(tests, Sequence) or not tests or not all(isinstance(test, Mapping) for test in tests):
         raise ValueError(f"tests is {_shown(tests)}; expected a list of objects with input and output, not empty")
-    kinds = {test.get("testtype", "functional" if fn_name else "stdin") for test in tests}
+    given = [test.get("testtype", "functional" if fn_name else "stdin") for test in tests]
+    kinds = {kind if kind is None or isinstance(kind, str) else _shown(kind) for kind in given}
     if kinds == {"functional"}:
         return {"format": "functional", "tests": [_functional(test, fn_name) for test in tests]}
     if not kinds <= {"stdin", "stdin_stdout", "stdio", None}:

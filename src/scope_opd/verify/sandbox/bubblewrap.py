@@ -77,7 +77,7 @@ class Launcher:
         if sandboxed:
             self._find_a_way()
 
-    def command(self, slot: int, seccomp_fd: int | None, info_fd: int | None) -> list[str]:
+    def command(self, seccomp_fd: int | None, info_fd: int | None) -> list[str]:
         """The command line of one sandbox."""
         python = [interpreter(), *PYTHON_FLAGS, "-c", BOOT]
         if not self.sandboxed:

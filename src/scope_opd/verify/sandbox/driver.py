@@ -139,7 +139,8 @@ class Driver:
             if "atexit" in sys.modules:
                 sys.modules["atexit"]._run_exitfuncs()
             _flush(sys.stdout)
-            vars(sys.modules["__main__"]).clear()  # files that it never closed write what they hold
+            if "__main__" in sys.modules:  # files that it never closed write what they hold
+                vars(sys.modules["__main__"]).clear()
             _flush(sys.__stdout__)
         except BaseException as error:
             status = status or 1

@@ -90,11 +90,11 @@ class Sandbox:
                 passed.append(info_write)
                 if (user := launcher.user_outside(self.slot)) is not None:
                     extra = {"user": user, "group": user, "extra_groups": []}
-                command = launcher.command(self.slot, seccomp, info_write)
+                command = launcher.command(seccomp, info_write)
             else:
                 self.folder = tempfile.TemporaryDirectory(prefix="scope-code-")
                 extra = {"cwd": self.folder.name, "env": _environment(), "start_new_session": True}
-                command = launcher.command(self.slot, None, None)
+                command = launcher.command(None, None)
             self.process = subprocess.Popen(
                 command, bufsize=0, stdin=-1, stdout=-1, stderr=-1, pass_fds=passed, **extra
             )
