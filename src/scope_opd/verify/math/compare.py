@@ -42,6 +42,8 @@ MAX_PAIRS = 60
 
 def same(found: Shape, gold: Shape, context: Context) -> bool:
     """Whether ``found`` is the answer ``gold``."""
+    if any(isinstance(side, Many) and side.items and side.braces and is_empty(side.items[0]) for side in (found, gold)):
+        return found == gold  # the set that holds the empty set is not empty
     if isinstance(found, Many) and len(found.items) == 1 and not (isinstance(gold, Many) and gold.braces):
         return same(found.items[0], gold, context)
     if isinstance(gold, Many) and len(gold.items) == 1 and not isinstance(found, Many):
@@ -139,6 +141,8 @@ def _same_many(found: Many, gold: Many, context: Context) -> bool:
         )
     if set_like(found) and set_like(gold) and same_sets(found, gold, context):
         return True
+    if found.braces and gold.braces:
+        return _unordered(found.items, gold.items, context) or _unordered(gold.items, found.items, context)
     return _unordered(found.items, gold.items, context)
 
 

@@ -47,7 +47,11 @@ def same_named(found: Shape, gold: Shape, context: Context) -> bool:
             return same(found.value, gold.value, context)
         calls = [_CALL.fullmatch(name) for name in names]
         if calls[0] and calls[1] and calls[0][1] == calls[1][1]:
-            return same(_renamed(found.value, calls[0][2], calls[1][2]), gold.value, context)
+            value = _renamed(found.value, calls[0][2], calls[1][2])
+            return same(value, gold.value, context) or _same_constants(value, found, gold, context)
+        for call in filter(None, calls):
+            if "y" in names and call[2] in symbolic.symbols_of(latex_of(gold.value)):
+                return same(found.value, gold.value, context)  # y = 2x + 1 for f(x) = 2x + 1
         if INDEX.sub("", names[0]) == INDEX.sub("", names[1]) and (
             INDEX.search(names[0]) is None or INDEX.search(names[1]) is None
         ):
@@ -65,6 +69,16 @@ def same_named(found: Shape, gold: Shape, context: Context) -> bool:
         product = re.fullmatch(r"[a-z]{2,3}", gold.name) is not None  # xy = 6
         return product and isinstance(found, Value | Words) and answers_equation(_equation(gold), found, context)
     return False
+
+
+def _same_constants(value: Shape, found: Named, gold: Named, context: Context) -> bool:
+    """Whether two functions are the same up to the letter of a constant that one of them declares arbitrary."""
+    declared = found.constant or gold.constant
+    letters = [symbolic.symbols_of(latex_of(side)) for side in (value, gold.value)]
+    only = [letters[0] - letters[1], letters[1] - letters[0]]
+    if not declared or len(only[0]) != 1 or len(only[1]) != 1 or declared not in only[0] | only[1]:
+        return False
+    return same(_renamed(value, next(iter(only[0])), next(iter(only[1]))), gold.value, context)
 
 
 def _renamed(shape: Shape, old: str, new: str) -> Shape:
@@ -241,6 +255,10 @@ def _pieces(shape: Shape) -> list[Piece] | None:
         return _pieces_of_relation(shape)
     if isinstance(shape, Value) and re.fullmatch(r"\\mathbb\s*\{?R\}?|\\R", shape.latex):
         return [_WHOLE]
+    if isinstance(shape, Value) and (
+        half := re.fullmatch(r"\\mathbb\s*\{?R\}?\s*[\^_]\s*\{?\s*([+-])\s*\}?", shape.latex)
+    ):
+        return [Piece("0", True, r"\infty", True) if half[1] == "+" else Piece(r"-\infty", True, "0", True)]
     if isinstance(shape, Value) and (
         cut := re.fullmatch(r"\\mathbb\s*\{?R\}?\s*(?:\\setminus|\\backslash|-)\s*(\\\{.*\\\})", shape.latex)
     ):

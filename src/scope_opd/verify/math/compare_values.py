@@ -20,6 +20,7 @@ from scope_opd.verify.math.units import LETTERS, Unit, conversion
 _NOTHING = frozenset(
     {"nosolution", "nosolutions", "norealsolution", "norealsolutions", "emptyset", "none", "nosuchnumber"}
 )
+_INTEGRATED = re.compile(r"\+\s*[cC]$")
 _INFINITE = frozenset({"infinitelymany", "infinite", "infinity", "infinitelymanysolutions"})
 
 
@@ -51,7 +52,7 @@ def same_value(found: Value, gold: Value, context: Context) -> bool:
         if symbolic.same_formula(whole[0], whole[1], None, (None, None), Fraction(1)):
             return True
     factor = conversion(found.unit, gold.unit)
-    if factor is None:
+    if factor is None or any(a.percent and b.unit and b.unit.kind for a, b in ((found, gold), (gold, found))):
         return False
     if found.unit and gold.unit is None and context.asked and found.unit.kind == context.asked.kind:
         factor = found.unit.factor / context.asked.factor
@@ -78,6 +79,8 @@ def same_latex(found: Value, gold: Value, context: Context, factor: Fraction = F
         return same_number(scaled, gold.number, context.tolerance)
     if _same_family(found.latex, gold.latex):
         return True
+    if _INTEGRATED.search(found.latex) and _INTEGRATED.search(gold.latex):  # the constant of integration
+        found = replace(found, latex=found.latex[:-1] + gold.latex[-1])
     numbers = (found.number if factor == 1 else None, gold.number)
     return symbolic.same_formula(found.latex, gold.latex, context.tolerance, numbers, factor)
 
@@ -174,6 +177,10 @@ def same_words(found: str, gold: str) -> bool:
         return False
     if left == right:
         return True
+    if left.startswith("all ") and right.startswith("all ") and left.split()[:-1] != right.split()[:-1]:
+        left, right = (re.sub(r" [a-z]$", "", side) for side in (left, right))  # "all positive integers n"
+        if left == right:
+            return True
     plain = left.replace(" ", ""), right.replace(" ", "")
     if plain[0] == plain[1] or (plain[0] in _INFINITE and plain[1] in _INFINITE):
         return True

@@ -12,6 +12,7 @@ import re
 from dataclasses import replace
 from fractions import Fraction
 
+from scope_opd.verify.math.conditions import integers_between, without_condition
 from scope_opd.verify.math.numbers import Number, read_number
 from scope_opd.verify.math.reading_values import FUNCTIONS, read_value
 from scope_opd.verify.math.shapes import Clock, Group, Many, Matrix, Named, Relation, Shape, Unite, Value, Words
@@ -30,19 +31,9 @@ _SYSTEM = re.compile(
     r"(?:\\\{)?\s*\\begin\{(cases|aligned|array|gathered)\}(?:\{[lcr|]\})?((?:(?!\\begin|\\end).)*)\\end\{\1\}",
     re.DOTALL,
 )
-_QUANTIFIER = re.compile(
-    r"\\text\s*\{\s*for (?:all|every|each|any)\s*\}\s*[a-z](?:\s*,\s*[a-z])*\s*\\in\s*"
-    r"\\mathbb\s*(?:\{[A-Z]\}|[A-Z])(?:[_^]\{?[+*>0]+\}?)?"
-)
 _LABEL = re.compile(r"((?:\\text\{[^{}]*\}|[A-Z][A-Za-z]+(?: [A-Za-z]+){0,2}))\s*:\s*([^:]+)", re.DOTALL)
 _GLUED_AND = re.compile(r"(?<=\w)[, ]\s*(and|or)\s*\}")
 _LEADING_AND = re.compile(r"\\text\s*\{\s*(and|or)\s+(?=\w)")
-_CONDITION = re.compile(
-    r"[,;]?\s*\(?(?:(?:\\text\{\s*,?\s*)?(?:for|where|with)\s+(?:all|every|each|any|some|an|a|integer|integers|positive|real|any)\b.*"
-    r"|\\text\{\s*,?\s*(?:for|where|with)\s*\}.*"
-    r"|(?:where\s+)?(?<![A-Za-z\\])[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\\in\s*\\mathbb\s*\{?[ZNRQC]\}?(?:\^\{?[+*]\}?|_\{?[0-9+]+\}?)?\)?)$",
-    re.DOTALL,
-)
 _RELATIONS = re.compile(
     r"\\leq(?![a-zA-Z])|\\geq(?![a-zA-Z])|\\neq(?![a-zA-Z])|\\approx(?![a-zA-Z])|<=|>=|!=|==|:=|[=<>]"
 )
@@ -58,6 +49,7 @@ _MATRIX = re.compile(
     r"(?:\\left)?[(\[]?\s*\\begin\{([pbB]?matrix|array|smallmatrix)\}(?:\{[^{}]*\})?((?:(?!\\end\{).)*)\\end\{\1\}\s*[)\]]?",
     re.DOTALL,
 )
+_EITHER = re.compile(r"\\(?:pm|mp)(?![a-zA-Z])")
 _ARC = re.compile(
     r"([0-9]+)\s*\^\{\\circ\}\s*([0-9]+)\s*(?:'|\^\s*\{?\\prime\}?)(?:\s*([0-9]+)\s*(?:''|\^\s*\{\\prime\s*\\prime\}))?"
 )
@@ -105,10 +97,11 @@ def _read(text: str, level: int) -> Shape:
         return Words(text)
     if re.fullmatch(r"(?:all|any)\s+real(?:s|\s+numbers?)", text, re.IGNORECASE):
         return Value(r"\mathbb{R}")
-    text = _QUANTIFIER.sub(" ", text).strip()
-    stripped = _CONDITION.sub("", text).rstrip(" ,;(")
-    if stripped != text.rstrip(" ,;(") and re.search(r"[0-9a-zA-Z]", stripped):
-        text = clean(stripped)
+    if (integers := integers_between(text)) is not None:
+        return Many(tuple(Value(str(number), read_number(str(number))) for number in integers), braces=True)
+    text, constant = without_condition(text)
+    if constant and isinstance(shape := _read(text, level + 1), Named):
+        return replace(shape, constant=constant)
     if _COMMA_GROUPS.fullmatch(text):
         items = tuple(_read(part, level + 1) for part in text.split(","))
         return Value(text, read_number(text), grouped=items if level == 0 else ())
@@ -184,7 +177,7 @@ def _many(items: list[Shape]) -> Shape:
             values = [_unnamed(item) for item in items]
             return Many(tuple(Group("(", ")", tuple(values[i : i + width])) for i in range(0, len(values), width)))
     first = items[0]
-    if isinstance(first, Named) and not any(isinstance(item, Named) for item in items[1:]):
+    if isinstance(first, Named) and not any(isinstance(item, Named | Relation) for item in items[1:]):
         items = [Named(first.name, first.value), *(Named(first.name, item) for item in items[1:])]  # x = 1, 2, 3
     if (total := _compound(items)) is not None:
         return total
@@ -224,12 +217,14 @@ def _single(text: str, level: int) -> Shape:
         return Matrix(tuple(tuple(_read(clean(cell), level + 1) for cell in row.split("&")) for row in rows), text)
     if (shape := _bracketed(text, level)) is not None:
         return shape
-    if (point := re.match(r"[A-Z]\s*(?=\()", text)) and closing(text, point.end()) == len(text) - 1:
+    if (point := re.match(r"[A-Z](?:_\{?\w\}?|')?\s*(?=\()", text)) and closing(text, point.end()) == len(text) - 1:
         inside = _bracketed(text[point.end() :], level)
         if isinstance(inside, Group) and len(inside.items) > 1:
             return inside  # P(2, 3)
     if congruence := re.fullmatch(r"(.+?)\s*\\equiv\s*(.+?)\s*\\bmod\s*(\w+)", text):
         return Named(squeezed(congruence[1]) + f" mod {congruence[3]}", _read(congruence[2], level + 1))
+    if residue := re.fullmatch(r"([0-9]+)\s*\\bmod\s*([0-9]+)", text):
+        return Named(f"mod {residue[2]}", _read(residue[1], level + 1))  # 7 (mod 12)
     if label := _LABEL.fullmatch(text):
         return Named(label[1].strip().casefold(), _read(label[2], level + 1))
     for operation, sign in _OPERATIONS.items():
@@ -249,7 +244,7 @@ def _single(text: str, level: int) -> Shape:
         return Clock(
             tuple(part for part in clock.groups()[:3] if part), re.sub(r"[^apm]", "", (clock[4] or "").lower())
         )
-    if re.search(r"\\(?:pm|mp)(?![a-zA-Z])", text):
+    if _EITHER.search(text):
         return _many([_read(re.sub(r"^\s*\+", "", _signed(text, sign)), level + 1) for sign in "+-"])
     return read_value(text)
 
@@ -279,6 +274,8 @@ def _bracketed(text: str, level: int) -> Shape | None:
         return _set(inner, level) if is_set else _read(inner, level + 1)
     items = list(split(inner, ";" if len(split(inner, ";")) > 1 else ","))
     if len(items) > 1:
+        if r"\mp" in inner and r"\pm" in inner:  # upper signs together, lower signs together
+            return _many([_read(_signed(text, sign), level + 1) for sign in "+-"])
         items = items[:-1] if not items[-1].strip() else items
         shapes = tuple(_read(item, level + 1) for item in items[:MAX_ITEMS])
         return _combinations(Group(opening, ending, shapes))
@@ -306,9 +303,12 @@ def _set(inner: str, level: int) -> Shape:
     if not inner:
         return Many((), braces=True)
     such_that = split_at(inner, _SUCH_THAT)
-    if len(such_that) == 3 and re.fullmatch(
-        r"\s*\(?[a-zA-Z, ]+\)?\s*(?:\\in\s*\\mathbb\s*\{?[RZNQ]\}?\s*)?", such_that[0]
-    ):
+    if len(such_that) == 3 and re.search(r"\\mathbb\s*\{?[ZNQ]", such_that[0]):
+        integers = integers_between(f"{such_that[2]}, {such_that[0]}")
+        if integers is None:
+            return Words(squeezed(inner))
+        return Many(tuple(Value(str(number), read_number(str(number))) for number in integers), braces=True)
+    if len(such_that) == 3 and re.fullmatch(r"\s*\(?[a-zA-Z, ]+\)?\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?", such_that[0]):
         return _read(such_that[2], level + 1)
     items = [part for block in split(inner, ";") for part in split_at(block, _AND)[::2]]
     members: list[Shape] = []
@@ -344,6 +344,8 @@ def _relation(text: str, level: int) -> Shape | None:
                     squeezed(sides[0]), Relation(tuple(map(full_fractions, sides[1:])), ("=",) * (len(sides) - 2))
                 )
             return _named(sides[0], _read(sides[-1], level + 1))
+    if any(_EITHER.search(side) for side in sides):
+        return _many([_read(_signed(text, sign), level + 1) for sign in "+-"])
     return Relation(tuple(full_fractions(side) for side in sides), tuple(operators))
 
 

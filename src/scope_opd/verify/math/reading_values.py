@@ -15,7 +15,7 @@ from scope_opd.verify.math.units import LETTERS, Unit, is_known, read_unit
 
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _BASE = re.compile(
-    r"([0-9A-Fa-f][0-9A-Fa-f ,]*)_\s*"
+    r"\(?([0-9A-Fa-f][0-9A-Fa-f ,]*)\)?_\s*"
     r"(?:\{\s*(?:\\text\{)?\s*([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten)\s*\}?\s*\}|([0-9]{1,2}))"
 )
 _BASES = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -103,6 +103,7 @@ _GLUED_PERCENT = re.compile(r"(?<=[0-9}])\s*(?:percent|percentage|pct)$", re.IGN
 _DEGREE = re.compile(r"\s*(?:\^\{\\circ\}|\\text\{\s*(?:degrees|degree|deg)\.?\s*\}|\s(?:degrees|degree|deg))$")
 _FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|log|ln)(?![a-z])")
 _MICRO = re.compile(r"^([0-9.]+)\s*((?:\\mu|[µμ])\s*(?:\\text\{)?[a-zA-Z]+\}?)$")
+_PER = re.compile(r"(?:\\text\{\s*(?:per|each|apiece)\b[^{}]*\}|\s(?:per|each|apiece)\b[a-z ]*)$")
 _MULTIPLES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SCALE = re.compile(r"(\^\{\\circ\})\s*(?:\\text\{\s*([CF])\s*\}|([CF]))$")
 
@@ -116,7 +117,7 @@ def read_value(text: str) -> Words | Value:
     if (money := _MONEY.match(text)) or ((money := _MONEY.search(text)) and text.endswith(money[0])):
         rest = text[: money.start()] + text[money.end() :]
         if re.search(r"[0-9]", rest):
-            text, unit = rest.strip(), read_unit(money[0])
+            text, unit = _PER.sub("", rest).strip(), read_unit(money[0])
     elif (signed := re.fullmatch(r"(-)\s*(\\?\$|€|£)\s*(.+)", text)) is not None:
         text, unit = signed[1] + signed[3], read_unit(signed[2])
     if scale := _SCALE.search(text):

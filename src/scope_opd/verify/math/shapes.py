@@ -82,10 +82,15 @@ class Relation:
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """``name = value``, where the name is a symbol, a function of symbols, a ratio of names or such."""
+    """``name = value``, where the name is a symbol, a function of symbols, a ratio of names or such.
+
+    Attributes:
+        constant: the letter that was declared an arbitrary constant, "" if none was.
+    """
 
     name: str
     value: Shape
+    constant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,7 @@ _RENAMED = {
 }  # fmt: skip
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _EMPHASISED = re.compile(r"(\*\*|__|\*|_|`)(?![*_`\s])([^*_`]+)\1")
+_TEXT_CIRCLED = re.compile(r"\\textcircled\s*\{?\s*(?:\\[a-z]+\s*)?\{?\s*([1-9])\s*\}{0,2}")
 _CIRCLED = re.compile("[\u2460-\u2473]")
 _FRENCH_LEFT = re.compile(r"(?<![\w)\]}.])\]((?:[^\[\]()]|\\[a-z]+)*[,;][^\[\]()]*)([\[\])])")
 _FRENCH_RIGHT = re.compile(r"([\[\](])([^\[\]()]*[,;][^\[\]()]*)\[(?![\w\\.-])")
@@ -98,12 +99,13 @@ _STRAY_STOP = re.compile(r"\.(?=\s*[)\]}]|\s*\\\})(?<![0-9.]\.\.)")
 _SHORT_FRAC = re.compile(
     r"\\frac\s*(?:\{([^{}]*)\}|([0-9a-zA-Z])|(\\[a-zA-Z]+))\s*(?:\{([^{}]*)\}|([0-9a-zA-Z])|(\\[a-zA-Z]+))"
 )
-_SHORT_ROOT = re.compile(r"\\sqrt\s*([0-9a-zA-Z])")
+_SHORT_ROOT = re.compile(r"\\sqrt\s*(\[[0-9a-z]\])?\s*([0-9a-zA-Z])")
 
 
 def clean(answer: str) -> str:
     """The one spelling of an answer: see the module. Idempotent on its own output for plain answers."""
-    text = answer.translate(_TABLE).strip()
+    text = _TEXT_CIRCLED.sub(lambda m: chr(0x245F + int(m[1])), answer) if r"\textcircled" in answer else answer
+    text = text.translate(_TABLE).strip()
     if emphasised := _EMPHASISED.fullmatch(text):
         text = emphasised[2]
     if _CIRCLED.search(text):
@@ -129,7 +131,7 @@ def clean(answer: str) -> str:
         text = _SIZES.sub("", text)
         text = _FRAC.sub(r"\\frac", text)
         text = _WORDS.sub(r"\\text{", text)
-        text = _EMPTY_TEXT.sub("", text)
+        text = _EMPTY_TEXT.sub("", text).replace(r"\text{\$}", r"\$")
         text = _FUNCTION_WORD.sub(lambda m: "\\" + _FUNCTION_WORDS.get(m[1] or m[2], m[1] or m[2]) + " ", text)
         text = _PLUS_INFINITY.sub(r"\1\\infty", text)
         text = _INDEX_WORD.sub(lambda m: "_{" + (m[1] or m[2] or "").strip() + "}", text)
@@ -260,7 +262,7 @@ def full_fractions(text: str) -> str:
         top, bottom = (next(part for part in match.groups()[i : i + 3] if part is not None) for i in (0, 3))
         return rf"\frac{{{top}}}{{{bottom}}}"
 
-    return _SHORT_ROOT.sub(r"\\sqrt{\1}", _SHORT_FRAC.sub(braces, text))
+    return _SHORT_ROOT.sub(r"\\sqrt\1{\2}", _SHORT_FRAC.sub(braces, text))
 
 
 def squeezed(text: str) -> str:
