@@ -36,7 +36,7 @@ def refuse(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-@pytest.mark.parametrize("script", ["pipeline.py", "sampler.py", "trl_grpo_step.py"])
+@pytest.mark.parametrize("script", ["code_verifier.py", "pipeline.py", "sampler.py", "trl_grpo_step.py", "verifier.py"])
 def test_a_benchmark_names_its_options(script: str) -> None:
     done = run(script, "--help")
     assert done.returncode == 0, done.stderr
