@@ -22,6 +22,7 @@ from scope_opd.verify.math.text import squeezed
 
 _FLIPPED = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq", "=": "=", r"\neq": r"\neq"}
 INDEX = re.compile(r"_\{?[0-9]+\}?$")
+_SYMBOL = re.compile(r"\\?[a-zA-Z]{3,}|\\[a-zA-Z]+|[a-zA-Z]")
 _EXTREME = re.compile(r"_\{?\\?(?:text\{)?(?:max|min)\}?\}?\s*$")
 _CALL = re.compile(r"([A-Za-z]|\\[a-zA-Z]+)\(([a-z])\)")
 _ABSOLUTE = re.compile(r"\s*\|\s*([a-zA-Z])\s*\|\s*")
@@ -44,7 +45,12 @@ def same_named(found: Shape, gold: Shape, context: Context) -> bool:
     if isinstance(found, Named) and isinstance(gold, Named):
         names = [_EXTREME.sub("", side.name) for side in (found, gold)]
         if names[0] == names[1]:
-            return same(found.value, gold.value, context)
+            return same(found.value, gold.value, context) or _same_constants(found.value, found, gold, context)
+        if names[0].startswith("mod ") or names[1].startswith("mod "):  # x = 7 (mod 12), and 7 (mod 12)
+            return names[0].rsplit(" ", 1)[1] == names[1].rsplit(" ", 1)[-1] and same(found.value, gold.value, context)
+        for short, long in (names, names[::-1]):
+            if re.fullmatch(r"[A-Z]", short) and re.fullmatch(rf"{short}\([A-Z]\w*\)", long):
+                return same(found.value, gold.value, context)  # P = 1/6 for P(A) = 1/6
         calls = [_CALL.fullmatch(name) for name in names]
         if calls[0] and calls[1] and calls[0][1] == calls[1][1]:
             value = _renamed(found.value, calls[0][2], calls[1][2])
@@ -82,11 +88,13 @@ def _same_constants(value: Shape, found: Named, gold: Named, context: Context) -
 
 
 def _renamed(shape: Shape, old: str, new: str) -> Shape:
+    def letter(match: re.Match[str]) -> str:
+        return new if match[0] == old else match[0]
+
     if isinstance(shape, Value):
-        latex = re.sub(rf"(?<![\\a-zA-Z]){old}(?![a-zA-Z])", new, shape.latex)
-        return replace(shape, latex=latex)
-    if isinstance(shape, Words):
-        return Words(new) if shape.text.strip() == old else shape
+        return replace(shape, latex=_SYMBOL.sub(letter, shape.latex))
+    if isinstance(shape, Words) and len(shape.text.strip()) <= 3:
+        return Words(_SYMBOL.sub(letter, shape.text))
     return shape
 
 

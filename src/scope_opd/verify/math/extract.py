@@ -69,6 +69,12 @@ _DENIED = re.compile(
 )
 
 
+_CONTRAST = re.compile(
+    r"(?<=[0-9$)%])\s*,\s*(?:and\s+)?(?:not|rather\s+than|instead\s+of)\s+(?:\$[^$\n]{1,40}\$|-?[0-9][0-9.,/]*%?)\s*[.!]?\s*$"
+)
+"""It's 12, *not 13*."""
+
+
 @dataclass(frozen=True, slots=True)
 class Extracted:
     """A final answer and where it stood.
@@ -248,7 +254,7 @@ def _leading(sentence: str) -> str | None:
 
 def last_value(text: str) -> str | None:
     """The last formula, or the last number outside of formulas, whichever stands later."""
-    text = _EMPHASIS.sub("", text)
+    text = _CONTRAST.sub("", _EMPHASIS.sub("", text))
     formulas = list(_FORMULA.finditer(text))
     tail = formulas[-1].end() if formulas else 0
     number = _last_number(text, tail)

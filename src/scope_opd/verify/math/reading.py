@@ -13,8 +13,9 @@ from dataclasses import replace
 from fractions import Fraction
 
 from scope_opd.verify.math.conditions import integers_between, without_condition
+from scope_opd.verify.math.names import is_name, tuple_of_names
 from scope_opd.verify.math.numbers import Number, read_number
-from scope_opd.verify.math.reading_values import FUNCTIONS, read_value
+from scope_opd.verify.math.reading_values import read_value
 from scope_opd.verify.math.shapes import Clock, Group, Many, Matrix, Named, Relation, Shape, Unite, Value, Words
 from scope_opd.verify.math.text import clean, closing, full_fractions, split, split_at, squeezed
 
@@ -45,6 +46,8 @@ _OPERATIONS = {
     "difference": re.compile(r"\\setminus(?![a-zA-Z])|\\backslash(?![a-zA-Z])"),
 }
 _SUCH_THAT = re.compile(r"\\mid(?![a-zA-Z])|\\vert|\||:")
+_CASES = re.compile(r"(?:\\\{)?\s*\\begin\{cases\}((?:(?!\\begin|\\end).)*)\\end\{cases\}", re.DOTALL)
+_IF = re.compile(r"^\s*\\text\s*\{\s*(?:if|when|for|where)\s*\}\s*|^(?:if|when|for)\s+")
 _MATRIX = re.compile(
     r"(?:\\left)?[(\[]?\s*\\begin\{([pbB]?matrix|array|smallmatrix)\}(?:\{[^{}]*\})?((?:(?!\\end\{).)*)\\end\{\1\}\s*[)\]]?",
     re.DOTALL,
@@ -57,13 +60,9 @@ _TERM = re.compile(r"[0-9.]+(?:\s*/\s*[0-9.]+)?|[0-9.]*\s*\\(?:sqrt|frac|pi)(?![
 _CLOCK = re.compile(
     r"([0-9]+(?:\.[0-9]+)?)\s*:\s*([0-9]+(?:\.[0-9]+)?)(?:\s*:\s*([0-9]+(?:\.[0-9]+)?))?\s*(?:\\text\{)?\s*([aApP]\.?\s?[mM]\.?)?\s*\}?"
 )
-_NAME = re.compile(
-    r"(?:\\(?:angle|measuredangle|triangle|overline|operatorname|min|max|text|Delta)\s*)*"
-    r"(?:\|?\s*(?:[A-Za-z]{1,4}|\\[a-zA-Z]+|\\text\{[^{}]*\})\s*\|?)(?:\s*_\s*(?:\{[^{}]*\}|[0-9a-zA-Z]|\\(?:min|max)))?'*"
-    r"(?:\s*\^\s*\{?\\circ\}?)?(?:\(\s*[A-Za-z0-9, ]{1,12}\s*\))?"
+_TWO_UNITS = re.compile(
+    r"([0-9.]+\s*(?:\\text\{[^{}]*\}|[a-z]+))\s*((?:\\text\{\s*and\s*\}|and)?\s*[0-9.]+\s*(?:\\text\{[^{}]*\}|[a-z]+))"
 )
-_RATIO_NAME = re.compile(r"\\frac\{([^{}]*)\}\{([^{}]*)\}|([^/:]+)[/:]([^/:]+)")
-_QUANTITY = re.compile(r"\s*\|?(?:\\angle\s*)?[A-Z]{1,3}(?:_\{?[0-9A-Za-z]+\}?)?\|?\s*")
 _COMMA_GROUPS = re.compile(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _GROUPED_RUN = re.compile(r"(?<![0-9.,(\[{])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])")
 
@@ -112,9 +111,9 @@ def _read(text: str, level: int) -> Shape:
 def _several(text: str, level: int) -> Shape | None:
     """A list at the top: cut at ``;``, then at commas, "and" and "or"."""
     head, sign, rest = text.partition("=")
-    if sign and (names := _tuple_of_names(head.strip())) is not None:  # (x, y) = (1, 2) or (3, 4)
-        value = _read(rest, level + 1)
-        return _assigned(names, value)
+    if sign and (names := tuple_of_names(head.strip())) is not None:  # (x, y) = (1, 2) or (3, 4)
+        again = re.compile(r"(?<=[\s,}])" + r"\s*".join(map(re.escape, re.findall(r"\w+|\S", head))) + r"\s*=\s*")
+        return _assigned(names, _read(again.sub("", rest), level + 1))
     text = _GLUED_AND.sub(r"} \\text{\1} ", _LEADING_AND.sub(r" \\text{\1} \\text{", text))
     blocks = [part for part in split(text, ";") if part.strip()]
     if len(blocks) > 1:
@@ -215,6 +214,11 @@ def _single(text: str, level: int) -> Shape:
     if matrix := _MATRIX.fullmatch(text):
         rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?|\\cr(?![a-z])", matrix[2]) if row.strip(" \\hline")]
         return Matrix(tuple(tuple(_read(clean(cell), level + 1) for cell in row.split("&")) for row in rows), text)
+    if piecewise := _CASES.fullmatch(text):
+        rows = [row.split("&") for row in re.split(r"\\\\(?:\[[^\]]*\])?", piecewise[1]) if row.strip(" \\,;.")]
+        if all(len(row) == 2 for row in rows):
+            cells = [(clean(row[0]), _IF.sub("", clean(row[1]))) for row in rows]
+            return Many(tuple(Group("case", "case", tuple(_read(c, level + 1) for c in row)) for row in cells), True)
     if (shape := _bracketed(text, level)) is not None:
         return shape
     if (point := re.match(r"[A-Z](?:_\{?\w\}?|')?\s*(?=\()", text)) and closing(text, point.end()) == len(text) - 1:
@@ -223,7 +227,11 @@ def _single(text: str, level: int) -> Shape:
             return inside  # P(2, 3)
     if congruence := re.fullmatch(r"(.+?)\s*\\equiv\s*(.+?)\s*\\bmod\s*(\w+)", text):
         return Named(squeezed(congruence[1]) + f" mod {congruence[3]}", _read(congruence[2], level + 1))
-    if residue := re.fullmatch(r"([0-9]+)\s*\\bmod\s*([0-9]+)", text):
+    if (both := _TWO_UNITS.fullmatch(text)) and (
+        total := _compound([_read(part, level + 1) for part in both.groups()])
+    ):
+        return total  # 3 hours 20 minutes
+    if residue := re.fullmatch(r"([0-9]+)\s*(?:\\bmod|mod)\s*([0-9]+)", text):
         return Named(f"mod {residue[2]}", _read(residue[1], level + 1))  # 7 (mod 12)
     if label := _LABEL.fullmatch(text):
         return Named(label[1].strip().casefold(), _read(label[2], level + 1))
@@ -320,7 +328,7 @@ def _set(inner: str, level: int) -> Shape:
 
 def _relation(text: str, level: int) -> Shape | None:
     membership = re.fullmatch(r"(.{1,40}?)\s*\\in(?![a-zA-Z])\s*(.+)", text, re.DOTALL)
-    if membership and (_is_name(membership[1]) or _tuple_of_names(membership[1].strip())):
+    if membership and (is_name(membership[1]) or tuple_of_names(membership[1].strip())):
         return _read(membership[2], level + 1)
     pieces = split_at(text, _RELATIONS)
     if len(pieces) == 1:
@@ -333,12 +341,12 @@ def _relation(text: str, level: int) -> Shape | None:
         sides[0] = r"\square"
     if any(not side for side in sides):
         return Words(text)
-    if operators == [r"\approx"] and _is_name(sides[0]):
+    if operators == [r"\approx"] and is_name(sides[0]):
         operators = ["="]  # x is about 11: the only value there is
     if set(operators) == {"="}:
-        if len(sides) == 2 and _is_name(sides[1]) and not _is_name(sides[0]):
+        if len(sides) == 2 and is_name(sides[1]) and not is_name(sides[0]):
             sides = sides[::-1]
-        if _is_name(sides[0]):
+        if is_name(sides[0]):
             if len(sides) > 2 and any(read_number(full_fractions(side)) for side in sides[1:-1]):
                 return Named(
                     squeezed(sides[0]), Relation(tuple(map(full_fractions, sides[1:])), ("=",) * (len(sides) - 2))
@@ -360,24 +368,6 @@ def _named(name: str, value: Shape) -> Shape:
     if isinstance(value, Many) and not value.braces:
         return Many(tuple(Named(squeezed(name), item) for item in value.items))
     return Named(squeezed(name), value)
-
-
-def _tuple_of_names(text: str) -> list[str] | None:
-    if not (text.startswith("(") and closing(text, 0) == len(text) - 1):
-        return None
-    names = [name.strip() for name in split(text[1:-1], ",")]
-    return names if len(names) > 1 and all(_is_name(name) for name in names) else None
-
-
-def _is_name(text: str) -> bool:
-    text = text.strip()
-    if _NAME.fullmatch(text):
-        words = re.findall(r"[A-Za-z]+", _TEXT.sub("", re.sub(r"_\s*(?:\{[^{}]*\}|\S)", "", text)))
-        return not any(word in FUNCTIONS for word in words) and not re.fullmatch(r"\\(?:pi|infty)", text)
-    if ratio := _RATIO_NAME.fullmatch(full_fractions(text)):
-        letters = ":" in text and all(re.fullmatch(r"\s*[a-z]\s*", part) for part in ratio.groups() if part)
-        return letters or all(_QUANTITY.fullmatch(part) for part in ratio.groups() if part)
-    return bool(re.fullmatch(r"\\text\{[^{}]*\}(?:\s*_?\s*\{?[a-zA-Z0-9]*\}?)?", text))
 
 
 def _words(inner: str, level: int) -> Shape:

@@ -1,9 +1,10 @@
 r"""Whether two formulas have the same value: math-verify's parser, exact numbers, and evaluation at fixed points.
 
 Two constants are equal if their difference is zero: exactly where it is rational, else to 300 digits. Two formulas with
-variables are equal if they agree so at a few fixed points, positive and negative (an analytic identity that holds at
-points drawn at random holds everywhere; the points are the same in every process). What cannot be evaluated there
-(integrals, unknown functions, matrices) is left to ``math_verify.verify``.
+variables are equal if they agree so at a few fixed points (an analytic identity that holds at points drawn at random
+holds everywhere; the points are the same in every process). The points are positive and negative, so that x is not
+|x|; with three variables or more they are positive. A point where neither formula is real says nothing. What
+cannot be evaluated there (integrals, unknown functions, matrices) is left to ``math_verify.verify``.
 
 Powers and factorials too large to be anybody's answer raise ``TooHard`` before they are evaluated; what slips through
 is bounded by the CPU limit of the worker process.
@@ -31,6 +32,8 @@ MAX_DIGITS = 300
 """Digits to which a difference is evaluated before it counts as zero."""
 POINTS = 5
 MAX_VARIABLES = 12
+MIN_QUANTITIES = 3
+"""With so many variables a formula is one of quantities (masses, lengths, speeds), which are positive."""
 MAX_POWER_DIGITS = 20_000
 """Digits of an integer power that is evaluated."""
 MAX_FACTORIAL = 2_000
@@ -52,6 +55,7 @@ _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _DEGREES = re.compile(r"([0-9.]+)\s*\^\s*\{?\s*\\circ\s*\}?")
 _PROSE = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z]{6,}|[a-zA-Z]{2,}[ .,][a-zA-Z]{2,}[ .,][a-zA-Z]{2,}")
 _PRIME = re.compile(r"([A-Za-z])\s*(?:'+|\^\s*\{\s*(?:\\prime\s*)+\}|\^\s*\\prime(?![a-z]))")
+_LISTED = re.compile(r"\\(max|min|gcd|lcm)\s*\\\{([^{}]*)\\\}")
 _CHOOSE = re.compile(r"(?<![a-zA-Z\\])C_\s*\{?([0-9]+)\}?\s*\^\s*\{?([0-9]+)\}?")
 _POWER_INDEX = re.compile(r"(?<=[A-Za-z])\s*\^\s*(\{[^{}]*\}|[0-9a-zA-Z])\s*_\s*(\{[^{}]*\}|[0-9a-zA-Z])")
 _INDEX_SIGN = re.compile(r"_\s*\{?\s*\\(odot|oplus|max|min|infty|parallel|perp|ast|star|text\{[a-zA-Z]*\})\s*\}?")
@@ -117,6 +121,7 @@ def parser_spelling(latex: str) -> str:
     latex = _PRIME.sub(lambda m: m[1] + "_{" + "prime" * (m[0].count("'") or m[0].count("prime")) + "}", latex)
     latex = _POWER_INDEX.sub(r"_\2^\1", latex)
     latex = _INDEX_SIGN.sub(r"_{\1}", latex)
+    latex = _LISTED.sub(r"\\\1(\2)", latex)
     latex = _CHOOSE.sub(r"\\binom{\1}{\2}", latex)
     text = _BARE.sub(lambda m: "\\" + ("infty" if m[1] == "infinity" else m[1]), latex)
     while match := _BARE_ROOT.search(text):
@@ -233,18 +238,37 @@ def _is_zero(difference: Any) -> bool | None:
 
 def same_parsed(left: Any, right: Any) -> bool | None:
     """Whether two parsed formulas agree at the fixed points; None if they could not be evaluated there."""
+    from sympy import I
+
     compared = 0
-    difference = _summed(_with_i(left)) - _summed(_with_i(right))
-    for point in _points(left, right):
+    both = {*_variables(left), *_variables(right)}
+    sides = _summed(_with_i(left)), _summed(_with_i(right))
+    imaginary = any(side.has(I) for side in sides)
+    difference = sides[0] - sides[1]
+    for point in _points(left, right, signed=len({str(s) for s in both}) < MIN_QUANTITIES):
         zero = _is_zero(difference.subs(point))
+        if zero is False and not imaginary and not any(_is_real(side.subs(point)) for side in sides):
+            continue  # neither is defined there
         if zero is False:
             return False
         compared += zero is True
     return True if compared >= 3 else None
 
 
-def _points(left: Any, right: Any) -> list[dict[Any, Any]]:
-    """Fixed points, by the names of the variables; none where there are too many variables."""
+def _is_real(expression: Any) -> bool:
+    """Whether a formula without variables has a real value."""
+    try:
+        return bool(expression.evalf(15).is_extended_real)
+    except MemoryError:
+        raise
+    except Exception:  # sympy raises what it likes on functions that it cannot evaluate
+        return True
+
+
+def _points(left: Any, right: Any, *, signed: bool = True) -> list[dict[Any, Any]]:
+    """Fixed points, by the names of the variables, positive and if ``signed`` also negative; none where there are too
+    many variables.
+    """
     from sympy import Rational
 
     symbols = sorted({*_variables(left), *_variables(right)}, key=str)
@@ -252,7 +276,7 @@ def _points(left: Any, right: Any) -> list[dict[Any, Any]]:
     draw = random.Random(0)
     points = []
     for at in range(POINTS if len(names) <= MAX_VARIABLES else 0):
-        values = {name: Rational(draw.randint(11, 79), 31) * (-1 if at >= 3 else 1) for name in names}
+        values = {name: Rational(draw.randint(11, 79), 31) * (-1 if signed and at >= 3 else 1) for name in names}
         points.append({symbol: values[str(symbol)] for symbol in symbols})
     return points
 

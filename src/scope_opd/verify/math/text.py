@@ -47,7 +47,7 @@ _FRAC = re.compile(r"\\(?:dfrac|tfrac|cfrac)(?![a-zA-Z])")
 _WORDS = re.compile(
     r"\\(?:textbf|textit|textrm|textsf|texttt|textnormal|textsc|mathrm|mbox|hbox|emph|operatorname\*?)\s*\{"
 )
-_FONTS = re.compile(r"\\(?:mathbf|boldsymbol|mathit|mathsf|bm|pmb|vec\b|rm|bf|it)(?![a-zA-Z])\s*")
+_FONTS = re.compile(r"\\(?:mathbf|boldsymbol|mathit|mathsf|bm|pmb|vec|overrightarrow|rm|bf|it)(?![a-zA-Z])\s*")
 _RENAMED = {
     r"\langle": "(",
     r"\rangle": ")",
