@@ -47,6 +47,7 @@ def _text(raw: str) -> str:
 
 def letter_of(answer: str) -> tuple[str, str] | None:
     """The letter that an answer names and what follows it: "(C)", "C.", "option C", "(C) 12"."""
+    answer = re.sub(r"\\(?:text|textbf|mathrm)\s*\{\s*([A-J]\s*[.):])\s*\}", r" \1 ", answer)
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", clean(answer)).replace("*", "").strip()
     if re.fullmatch(r"[a-j]", text):
         return None

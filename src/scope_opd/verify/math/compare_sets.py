@@ -23,6 +23,7 @@ from scope_opd.verify.math.text import squeezed
 _FLIPPED = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq", "=": "=", r"\neq": r"\neq"}
 INDEX = re.compile(r"_\{?[0-9]+\}?$")
 _SYMBOL = re.compile(r"\\?[a-zA-Z]{3,}|\\[a-zA-Z]+|[a-zA-Z]")
+_LENGTH = re.compile(r"^(?:\||\\overline\{)\s*([A-Z]{2})\s*[|}]$")
 _EXTREME = re.compile(r"_\{?\\?(?:text\{)?(?:max|min)\}?\}?\s*$")
 _CALL = re.compile(r"([A-Za-z]|\\[a-zA-Z]+)\(([a-z])\)")
 _ABSOLUTE = re.compile(r"\s*\|\s*([a-zA-Z])\s*\|\s*")
@@ -43,7 +44,7 @@ def brackets(group: Group) -> tuple[str, str]:
 
 def same_named(found: Shape, gold: Shape, context: Context) -> bool:
     if isinstance(found, Named) and isinstance(gold, Named):
-        names = [_EXTREME.sub("", side.name) for side in (found, gold)]
+        names = [_LENGTH.sub(r"\1", _EXTREME.sub("", side.name)) for side in (found, gold)]
         if names[0] == names[1]:
             return same(found.value, gold.value, context) or _same_constants(found.value, found, gold, context)
         if names[0].startswith("mod ") or names[1].startswith("mod "):  # x = 7 (mod 12), and 7 (mod 12)
@@ -69,6 +70,8 @@ def same_named(found: Shape, gold: Shape, context: Context) -> bool:
         return same(found.value, gold, context)
     if isinstance(gold, Named):
         if isinstance(found, Relation):
+            if isinstance(gold.value, Relation):
+                return same(found, gold.value, context)  # A = {x | 1 < x < 2}
             return same_relation(found, _equation(gold), context, curves=True)
         if same(found, gold.value, context):
             return True

@@ -195,7 +195,9 @@ def same_words(found: str, gold: str) -> bool:
             and opposite not in left.split()
             and "not" not in left.split()
         )
-    if max(map(len, plain)) <= 3 and plain[0] == found.strip() and plain[1] == gold.strip():  # products: xy, yx
+    if max(map(len, plain)) <= 3 and [*plain] == [
+        re.sub(r"\s", "", side) for side in (found, gold)
+    ]:  # products: xy, yx
         return symbolic.same_formula(found, gold, None, (None, None), Fraction(1))
     return False
 

@@ -23,7 +23,7 @@ _QUANTIFIER = re.compile(
     r"\\text\s*\{\s*for (?:all|every|each|any)\s*\}\s*[a-z](?:\s*,\s*[a-z])*\s*\\in\s*"
     r"\\mathbb\s*(?:\{[A-Z]\}|[A-Z])(?:[_^]\{?[+*>0]+\}?)?"
 )
-_NUMBERS = r"\\mathbb\s*\{?[ZNRQC]\}?(?:\^\{?[+*]\}?|_\{?[0-9+]+\}?)?"
+_NUMBERS = r"(?:\\mathbb\s*)?\{?[ZNRQC]\}?(?:\^\{?[+*]\}?|_\{?[0-9+]+\}?)?"
 _LETTER = r"[a-zA-Z](?:_\{?\w\}?)?"
 _CONDITION = re.compile(
     r"[,;]?\s*\(?(?:\\text\{\s*,?\s*)?(?:for|where|with)\s+"
@@ -38,7 +38,9 @@ _CONSTANT = re.compile(
     r"|(?<![a-zA-Z\\])([a-zA-Z])\s*\$?\s*(?:\\text\{\s*)?(?:is|be)\s+(?:an?\s+|any\s+)?(?:arbitrary\s+|real\s+)*(?:constant|real|number)"
     r"|(?<![a-zA-Z\\])([a-zA-Z])\s*\\in\s*\\mathbb\s*\{?R\}?\s*\)?\s*$"
 )
-_INTEGERS = re.compile(r"[,;(]?\s*(?:\(\s*)?([a-zA-Z])\s*\\in\s*\\mathbb\s*\{?([ZN])\}?([\^_]\s*\{?[+*]\}?)?\s*\)?\s*")
+_INTEGERS = re.compile(
+    r"[,;(]?\s*(?:\(\s*)?([a-zA-Z])\s*\\in\s*(?:\\mathbb\s*)?\{?([ZN])\}?([\^_]\s*\{?[+*]\}?)?\s*\)?\s*"
+)
 _BETWEEN = re.compile(r"(.+?)(<|\\leq|>|\\geq)\s*([a-zA-Z])\s*(<|\\leq|>|\\geq)(.+)", re.DOTALL)
 _RESTRICTED = re.compile(r"([^=<>]*=[^=<>]*?)\s*\(\s*([^()=]*(?:\\neq|\\leq|\\geq|<|>)[^()=]*)\)", re.DOTALL)
 
@@ -61,6 +63,8 @@ def integers_between(text: str) -> list[int] | None:
     if declared is None:
         return None
     chain = (text[: declared.start()] + text[declared.end() :]).strip(" ,;)")
+    if declared[2] == "N" and re.match(rf"{declared[1]}\s*(?:<|\\leq)", chain):
+        chain = rf"0\leq {chain}"
     between = _BETWEEN.fullmatch(chain)
     if between is None or between[3] != declared[1]:
         return None

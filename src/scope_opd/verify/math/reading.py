@@ -13,7 +13,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 from scope_opd.verify.math.conditions import integers_between, without_condition
-from scope_opd.verify.math.names import is_name, tuple_of_names
+from scope_opd.verify.math.names import is_name, set_name, tuple_of_names
 from scope_opd.verify.math.numbers import Number, read_number
 from scope_opd.verify.math.reading_values import read_value
 from scope_opd.verify.math.shapes import Clock, Group, Many, Matrix, Named, Relation, Shape, Unite, Value, Words
@@ -235,6 +235,8 @@ def _single(text: str, level: int) -> Shape:
         return Named(f"mod {residue[2]}", _read(residue[1], level + 1))  # 7 (mod 12)
     if label := _LABEL.fullmatch(text):
         return Named(label[1].strip().casefold(), _read(label[2], level + 1))
+    if name := set_name(text):
+        return Named(squeezed(name), _read(text[text.index("=") + 1 :], level + 1))
     for operation, sign in _OPERATIONS.items():
         parts = split_at(text, sign)
         if len(parts) > 1 and all(part.strip() for part in parts):

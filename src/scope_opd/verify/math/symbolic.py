@@ -55,6 +55,7 @@ _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _DEGREES = re.compile(r"([0-9.]+)\s*\^\s*\{?\s*\\circ\s*\}?")
 _PROSE = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z]{6,}|[a-zA-Z]{2,}[ .,][a-zA-Z]{2,}[ .,][a-zA-Z]{2,}")
 _PRIME = re.compile(r"([A-Za-z])\s*(?:'+|\^\s*\{\s*(?:\\prime\s*)+\}|\^\s*\\prime(?![a-z]))")
+_LOG_E = re.compile(r"\\log\s*_\s*(?:\{\s*e\s*\}|e)")
 _LISTED = re.compile(r"\\(max|min|gcd|lcm)\s*\\\{([^{}]*)\\\}")
 _CHOOSE = re.compile(r"(?<![a-zA-Z\\])C_\s*\{?([0-9]+)\}?\s*\^\s*\{?([0-9]+)\}?")
 _POWER_INDEX = re.compile(r"(?<=[A-Za-z])\s*\^\s*(\{[^{}]*\}|[0-9a-zA-Z])\s*_\s*(\{[^{}]*\}|[0-9a-zA-Z])")
@@ -121,6 +122,7 @@ def parser_spelling(latex: str) -> str:
     latex = _PRIME.sub(lambda m: m[1] + "_{" + "prime" * (m[0].count("'") or m[0].count("prime")) + "}", latex)
     latex = _POWER_INDEX.sub(r"_\2^\1", latex)
     latex = _INDEX_SIGN.sub(r"_{\1}", latex)
+    latex = _LOG_E.sub(r"\\ln ", latex)
     latex = _LISTED.sub(r"\\\1(\2)", latex)
     latex = _CHOOSE.sub(r"\\binom{\1}{\2}", latex)
     text = _BARE.sub(lambda m: "\\" + ("infty" if m[1] == "infinity" else m[1]), latex)
@@ -276,7 +278,9 @@ def _points(left: Any, right: Any, *, signed: bool = True) -> list[dict[Any, Any
     draw = random.Random(0)
     points = []
     for at in range(POINTS if len(names) <= MAX_VARIABLES else 0):
-        values = {name: Rational(draw.randint(11, 79), 31) * (-1 if signed and at >= 3 else 1) for name in names}
+        values = {name: Rational(draw.randint(11, 79), 31) for name in names}
+        if signed and at >= 3:  # all of them negative, and every other one
+            values = {name: -values[name] if at == 3 or i % 2 == 0 else values[name] for i, name in enumerate(names)}
         points.append({symbol: values[str(symbol)] for symbol in symbols})
     return points
 

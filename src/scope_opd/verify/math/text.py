@@ -138,7 +138,7 @@ def clean(answer: str) -> str:
         text = _FONTS.sub("", text)
         text = _NEGATIVE_SPACE.sub("", text)
         text = _DEGREES.sub(r"^{\\circ}", text)
-        text = _BRACED_COMMA.sub(",", text)
+        text = _BRACED_COMMA.sub(",", text).replace("{:}", ":")
     if "mod" in text:
         text = _MOD.sub(r" \\bmod \1", text)
     text = _ORDINAL.sub("", _SPACES.sub(" ", text).strip())
