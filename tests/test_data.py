@@ -18,8 +18,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from scope_opd.config import ChatConfig
+from scope_opd.data.dataset import read_dataset
 from scope_opd.data.prompts import PromptSchedule, render_prompts
-from scope_opd.data.rows import Columns, check_rows, read_rows
+from scope_opd.data.rows import Columns, check_rows
 from scope_opd.errors import ConfigError, DataError, ModelError
 from scope_opd.types import Prompt
 from scope_opd.zoo.task import load_rows
@@ -74,28 +75,28 @@ class TestRows:
             write(tmp_path / "r.json", json.dumps(rows)),
             write_parquet(tmp_path / "r.parquet", rows),
         ]
-        read = [[(row.id, row.problem, row.answer) for row in read_rows(path)] for path in paths]
+        read = [[(row.id, row.problem, row.answer) for row in read_dataset(path).rows] for path in paths]
         assert read[0] == read[1] == read[2] == [("a", "1+1", "2"), ("b", "2+2", "4")]
 
     def test_columns_go_by_the_names_given(self, tmp_path: Path) -> None:
         path = write(tmp_path / "r.jsonl", [{"q": "1+1", "gold": 2, "key": 7}])
-        (row,) = read_rows(path, Columns("q", "gold", "key"))
+        (row,) = read_dataset(path, Columns("q", "gold", "key")).rows
         assert (row.id, row.problem, row.answer) == ("7", "1+1", 2)
 
     def test_rows_without_ids_are_numbered_from_one(self, tmp_path: Path) -> None:
         path = write(tmp_path / "r.jsonl", [{"problem": "p", "answer": "a"}] * 3)
-        assert [row.id for row in read_rows(path)] == ["row-000001", "row-000002", "row-000003"]
+        assert [row.id for row in read_dataset(path).rows] == ["row-000001", "row-000002", "row-000003"]
 
     def test_max_rows_takes_the_first_and_never_looks_at_the_rest(self, tmp_path: Path) -> None:
         path = write(tmp_path / "r.jsonl", json.dumps(ROWS[0]) + "\nnot json\n")
-        assert [row.id for row in read_rows(path, max_rows=1)] == ["a"]
+        assert [row.id for row in read_dataset(path, max_rows=1).rows] == ["a"]
 
     def test_short_scalar_columns_are_kept_and_long_or_nested_ones_are_not(self, tmp_path: Path) -> None:
         extra = {"level": 3, "source": "x", "trace": "y" * 1000, "nested": [1]}
         for path in (write(tmp_path / "r.jsonl", [{**ROWS[0], **extra}]), tmp_path / "r.parquet"):
             if path.suffix == ".parquet":
                 write_parquet(path, [{**ROWS[0], **extra}])
-            assert read_rows(path)[0].fields == {"level": 3, "source": "x"}
+            assert read_dataset(path).rows[0].fields == {"level": 3, "source": "x"}
 
     def test_the_zoo_rows_pass_the_same_checks(self) -> None:
         rows = load_rows("train")
@@ -134,7 +135,7 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], Any], list[str]]] = {
     "missing parquet column": (
         "r.parquet",
         lambda path: write_parquet(path, [{"problem": "p"}]),
-        ["'answer'", "among problem"],
+        ["'answer'", "found problem"],
     ),
     "problem is a list": ("r.jsonl", lambda path: write(path, [{"problem": ["p"], "answer": "a"}]), ["(list)"]),
     "id on some rows": ("r.jsonl", lambda path: write(path, [ROWS[0], {"problem": "p", "answer": "a"}]), ["line 2"]),
@@ -163,7 +164,7 @@ def test_a_bad_file_is_one_line_naming_file_and_row(case: str, tmp_path: Path) -
     path = tmp_path / name
     make(path)
     with pytest.raises(DataError) as raised:
-        read_rows(path)
+        read_dataset(path)
     message = str(raised.value)
     assert "\n" not in message
     assert raised.value.expected

@@ -144,7 +144,7 @@ class TestVerl:
         rows = [verl_row(1), verl_row(2, message("user", "fine \\boxed{}"))]
         path = write_lines(tmp_path / "r.jsonl", rows)
         left = read_dataset(path)
-        assert "1 of 2 prompts hold a literal \\boxed{{}}" in left.notes[0]
+        assert "1 of 2 prompts with a literal \\boxed{{}}" in left.notes[0]
         assert len(left.notes) == 1
         assert left.rows[0].problem.endswith("\\boxed{{}}.")
         mended = read_dataset(path, fix_double_braces=True)
@@ -155,7 +155,7 @@ class TestVerl:
     def test_the_published_sample_is_read_whole_and_its_braces_counted(self) -> None:
         data = read_dataset(data_file("train/scope_train_sample.parquet"))
         assert (len(data.rows), data.layout, data.skipped) == (2000, "verl", [])
-        assert "2000 of 2000 prompts hold a literal" in data.notes[0]
+        assert "2000 of 2000 prompts with a literal" in data.notes[0]
         assert len({row.id for row in data.rows}) == 2000
         prompts = render_prompts(data.rows, tiny_tokenizer(), ChatConfig(), max_prompt_tokens=4096)
         assert prompts[0].text == f"user: {data.rows[0].problem}\nassistant: "
@@ -321,8 +321,12 @@ class TestBadRows:
         skipped: list[Any] = []
         prompts = render_prompts(rows, tiny_tokenizer(), ChatConfig(), max_prompt_tokens=60, skipped=skipped)
         assert [prompt.problem for prompt in prompts] == ["ppp", "pppp"]
-        assert [each.where for each in skipped] == [rows[1].where]
-        with pytest.raises(DataError, match=r"none of 3 rows makes a prompt; the first, .*line 1"):
+        assert [(each.where, each.reason[:11]) for each in skipped] == [
+            (f"{rows[1].where} (id 'row-000002')", "a prompt of")
+        ]
+        with pytest.raises(
+            DataError, match=r"no prompt from 3 rows; the first, .*line 1 \(id 'row-000001'\): a prompt of"
+        ):
             render_prompts(rows, tiny_tokenizer(), ChatConfig(), max_prompt_tokens=2, skipped=[])
 
 

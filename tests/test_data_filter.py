@@ -229,11 +229,11 @@ class TestTraining:
         self, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         train = tmp_path / "code.jsonl"
-        answer = {"format": "stdio", "tests": [{"input": 1, "output": "1"}]}
+        answer = {"format": "humaneval", "prompt": "def f():\n", "test": "f()", "entry_point": "f"}
         train.write_text("".join(json.dumps({"problem": f"p{i}", "answer": answer}) + "\n" for i in range(6)))
         (tmp_path / "my.toml").write_text("")
         options = self.options(model, f"data.train={train}", f"data.eval={train}", "verify.allow_unsandboxed=true")
         options += ["--set", "data.verifier=auto"]
         assert main(["doctor", str(tmp_path / "my.toml"), *options]) == 1
         out = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
-        assert "verifier FAIL prompt 'row-000001': test 1: input is 1" in out
+        assert "verifier FAIL prompt 'row-000001': test defines no check" in out

@@ -87,7 +87,7 @@ class TestFolder:
             hub.load_hub(f"{folder}?subset=other&split=train")
 
     def test_a_missing_column_and_a_missing_folder_are_one_line(self, folder: str) -> None:
-        with pytest.raises(DataError, match="no column 'problem' among question, gold, meta, long"):
+        with pytest.raises(DataError, match="no column 'problem', found question, gold, meta, long"):
             read_dataset(f"{folder}?split=test")
         with pytest.raises(DataError, match="no folder"):
             hub.load_hub("hf:/nowhere/at/all")

@@ -218,11 +218,12 @@ def test_prompts_are_what_the_options_ask_for(tiny: Path, tmp_path: Path, capsys
 def test_the_preset_s_limit_is_lowered_to_what_the_context_leaves_and_that_is_said(tiny: Path, tmp_path: Path) -> None:
     from scope_opd.cli.eval_model import from_model
     from scope_opd.cli.eval_settings import build_config
+    from scope_opd.evaluate.loading import parse_benchmarks
 
     path = write(tmp_path / "p.jsonl", [{"id": str(i), "problem": "1+1?" * (i + 1), "answer": "2"} for i in range(3)])
     config = build_config(str(tiny), None, sampling_options("paper", str(tiny), {}), {"template": "none"})
     options: Any = {"suffix": None, "preset": "paper", "dtype": "auto"}
-    prepared = from_model(config, [f"mine={path}"], lower_max_tokens=True, **options)
+    prepared = from_model(config, parse_benchmarks([f"mine={path}"]), lower_max_tokens=True, **options)
     prepared.close()
     longest = max(len(prompt.token_ids) for prompt in prepared.tasks[0].prompts)
     assert prepared.tasks[0].params.max_tokens == 8192 - longest
@@ -351,7 +352,10 @@ def test_csv_responses_may_have_every_column(tmp_path: Path) -> None:
         (["--benchmark", "mine=FILE", "--max-rows", "0"], "--max-rows = 0"),
         (["--benchmark", "mine=FILE", "--tolerance", "much"], "tolerance"),
         (["--benchmark", "mine=FILE", "--chat", "x"], "NAME=VALUE"),
-        (["--benchmark", "mine=FILE", "--map", "answer=gold"], "--map without --responses"),
+        (["--benchmark", "mine=FILE", "--map", "answer=gold"], "no column 'gold'"),
+        (["--benchmark", "mine=FILE", "--map", "gold=answer"], "OURS=THEIRS"),
+        (["--benchmark", "zoo", "--map", "answer=gold"], "--map with zoo alone"),
+        (["--benchmark", "mine=FILE", "--device", "gpu"], "device 'gpu'"),
         (["--benchmark", "mine=FILE", "--template", "gone.jinja"], "--template = 'gone.jinja'"),
         (["--benchmark", "mine=FILE", "--device", "cuda:99"], "cuda:99"),
         (["--benchmark", "mine=FILE", "--responses", "FILE"], "--model and --responses both"),

@@ -137,7 +137,7 @@ def test_a_file_may_be_the_hub_s_version_or_the_usual_copy(tmp_path: Path) -> No
 
 def test_a_missing_column_is_named_in_words_that_this_command_knows(tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", [{"question": "p", "answer": "1"}])
-    with pytest.raises(DataError, match=r"no column 'problem' .* rename yours: problem, answer"):
+    with pytest.raises(DataError, match=r"no column 'problem', .* name yours with --map"):
         load(f"mine={path}")
 
 

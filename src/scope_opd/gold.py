@@ -13,6 +13,7 @@ Reading a data set and judging an answer both start here, so that what cannot be
 from __future__ import annotations
 
 import json
+import keyword
 import math
 import re
 import sys
@@ -103,7 +104,7 @@ def check_answer(answer: Any) -> None:
 
 
 def check_code_answer(answer: Mapping[str, Any]) -> None:
-    """Refuse a code answer of an unknown format or without what its format needs.
+    """Refuse a code answer of an unknown format, or without what its format needs: keys and types of every test.
 
     Raises:
         ValueError: saying what was found and what is expected.
@@ -119,6 +120,42 @@ def check_code_answer(answer: Mapping[str, Any]) -> None:
     tests = answer.get("tests")
     if not isinstance(tests, list) or not tests or not all(isinstance(test, Mapping) for test in tests):
         raise ValueError(f"tests is {_shown(tests)}; expected a list of objects, not empty (format {form})")
+    if answer.get("tolerance") is not None:
+        parse_tolerance(answer["tolerance"])
+    if form == "functional" and len({"check" in test for test in tests}) == 2:
+        raise ValueError("tests holds check code beside calls; expected one kind (format functional)")
+    for place, test in enumerate(tests, 1):
+        if form == "stdio":
+            _check_pair(test, place)
+        elif "check" in test:
+            if not isinstance(test["check"], str):
+                raise ValueError(f"test {place}: check is {_shown(test['check'])}; expected code (format functional)")
+        else:
+            _check_call(test, answer, place)
+
+
+def _check_pair(test: Mapping[str, Any], place: int) -> None:
+    """Format stdio: two texts."""
+    for key in ("input", "output"):
+        if not isinstance(test.get(key), str):
+            raise ValueError(f"test {place}: {key} is {_shown(test.get(key))}; expected a text (format stdio)")
+
+
+def _check_call(test: Mapping[str, Any], answer: Mapping[str, Any], place: int) -> None:
+    """Format functional: a function's name, arguments and outputs. What they hold, the verifier looks at."""
+    name = test.get("fn_name") or answer.get("fn_name")
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+        raise ValueError(f"test {place}: fn_name is {_shown(name)}; expected the name of a function")
+    if not isinstance(test.get("args", test.get("input")), list) and (
+        "args" in test or not isinstance(test.get("input"), str)
+    ):
+        raise ValueError(f"test {place}: no args; expected args as a list, or input with a JSON value on each line")
+    if "output_any_of" in test:
+        outputs = test["output_any_of"]
+        if not isinstance(outputs, list) or not outputs:
+            raise ValueError(f"test {place}: output_any_of is {_shown(outputs)}; expected a list, not empty")
+    elif "output" not in test:
+        raise ValueError(f"test {place}: no output; expected output or output_any_of (format functional)")
 
 
 def answer_from_text(value: Any) -> Any:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from scope_opd.errors import ConfigError, RunFolderError
 
@@ -35,7 +33,7 @@ def compare(*evaluations: Path, out: Path) -> int:
     from scope_opd.evaluate.compare import compare as compare_evaluations
     from scope_opd.evaluate.compare import load_evaluations
     from scope_opd.evaluate.plots import plot_curves
-    from scope_opd.evaluate.tables import COMPARISON_LABELS, comparison_markdown, comparison_table
+    from scope_opd.evaluate.tables import COMPARISON_LABELS, comparison_markdown, comparison_notes, comparison_table
 
     if len(evaluations) < 2:
         raise ConfigError(f"evaluations named: {len(evaluations)}", "two or more", "name their folders")
@@ -53,15 +51,9 @@ def compare(*evaluations: Path, out: Path) -> int:
     _write(folder / "comparison.md", comparison_markdown(comparison))
     curves = plot_curves(comparison, folder)
     show_table(*comparison_table(comparison, few=True), labels=COMPARISON_LABELS)
-    print(_legend(comparison))
+    print("\n".join(comparison_notes(comparison)))
     print(f"comparison: {folder / 'comparison.json'}; curves: {curves[0]}")
     return 0
-
-
-def _legend(comparison: Mapping[str, Any]) -> str:
-    several = len(comparison["evaluations"]) > 2
-    line = f"Per cent; differences from {comparison['base']} in points, 95 % intervals over problems; p by sign flips"
-    return line + (", Holm-adjusted in brackets." if several else ".")
 
 
 def _write(path: Path, text: str) -> None:

@@ -18,6 +18,7 @@ from scope_opd.data.overlap import Match, Overlap
 from scope_opd.data.rows import NAME_COLUMNS, Columns, Row
 from scope_opd.errors import ConfigError, DataError
 from scope_opd.records import dumps
+from scope_opd.words import counted
 
 SHOWN_CHARACTERS = 100
 
@@ -71,7 +72,7 @@ def run_check(options: CheckOptions) -> int:
         print(f"all pairs: {options.json}")
     if options.write_clean is not None:
         written = write_clean(checked, options)
-        print(f"{written} rows written to {options.write_clean}")
+        print(f"{counted(written, 'row')} written to {options.write_clean}")
         return 0
     return 1 if checked.train.skipped or checked.found.contaminated else 0
 
@@ -117,9 +118,8 @@ def report(checked: Checked, options: CheckOptions) -> Iterator[str]:
     """The findings as lines of text."""
     train, found = checked.train, checked.found
     about = f" ({train.layout}'s layout)" if train.layout != "plain" else ""
-    yield f"{options.train}: {len(train.rows)} rows{about}, against {len(checked.held_out)} held-out problems, " + (
-        f"{checked.seconds:.1f} s"
-    )
+    held_out = counted(len(checked.held_out), "held-out problem")
+    yield f"{options.train}: {counted(len(train.rows), 'row')}{about}, against {held_out}, {checked.seconds:.1f} s"
     for data in [train, *checked.against]:
         yield from (f"note: {line}" for line in data.notes)
     yield from _listed("bad rows", [f"{each.where}: {each.reason}" for each in train.skipped], options.show)
@@ -144,14 +144,14 @@ def report(checked: Checked, options: CheckOptions) -> Iterator[str]:
     rows = len({match.train for match in found.contaminated})
     pairs = sorted(found.contaminated, key=lambda match: (-match.share, match.held_out, match.train))
     yield from _listed(
-        f"contaminated: {hit} held-out problems in {rows} training rows; pairs",
+        f"contaminated: {counted(hit, 'held-out problem')} in {counted(rows, 'training row')}; pairs",
         [_held_out_pair(checked, match) for match in pairs], options.show,
     )  # fmt: skip
     near_problems = {match.held_out for match in found.templates}
     both = len(near_problems & {match.held_out for match in found.contaminated})
     also = f" ({both} of them contaminated too)" if both else ""
     yield from _listed(
-        f"same-template neighbours: {len(near_problems)} held-out problems{also}; pairs",
+        f"same-template neighbours: {counted(len(near_problems), 'held-out problem')}{also}; pairs",
         [_held_out_pair(checked, match) for match in found.templates], options.show,
     )  # fmt: skip
 

@@ -25,9 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scope_opd.cli.data_files import write_rows
+from scope_opd.cli.early import ZOO, check_early
 from scope_opd.errors import ConfigError, DataError, RunFolderError
 from scope_opd.locks import hold
 from scope_opd.records import dumps
+from scope_opd.words import counted
 
 if TYPE_CHECKING:
     from scope_opd.config import Config
@@ -50,6 +52,7 @@ def run_filter(config: Path, overrides: Sequence[str], *, out: Path, pass_rate: 
     train = Path(settings.data.train)
     if out.exists() and train.exists() and out.samefile(train):
         raise ConfigError(f"--out {out} is data.train itself", "another file", "name one")
+    check_early(settings, [settings.data.train])
     # Everything above is said before torch is loaded, which takes seconds.
     print("loading torch, data and models ...", file=sys.stderr, flush=True)
     from scope_opd.cli import inputs
@@ -117,18 +120,17 @@ def filter_seed(seed: int) -> int:
 
 def described(config: Config, data: DataSet, samples: int) -> dict[str, Any]:
     """Everything that the rates depend on, as plain values; a filter goes on only from rates of the same."""
-    from scope_opd.models.loading import resolve_path
+    from scope_opd.cli.eval_settings import verify_options
+    from scope_opd.cli.identity import model_identity, template_sha256, tokenizer_identity
 
-    folder = Path(resolve_path(config.model.path))
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     plain = config.model_dump(mode="json")
     return {
         "samples": samples,
         "seed": config.run.seed,
-        "model": {**plain["model"], "files": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]},
+        "model": {**plain["model"], **model_identity(config), "tokenizer_files": tokenizer_identity(config)},
         "data": {**_without(plain["data"], "eval", "shuffle"), "sha256": data.sha256, "revision": data.revision},
-        "chat": plain["chat"],
-        "verify": _without(plain["verify"], "workers"),
+        "chat": {**plain["chat"], "template_sha256": template_sha256(config)},
+        "verify": verify_options(config.verify),
         "rollout": _without(plain["rollout"], "n"),
         "reward_threshold": config.objective.reward_threshold,
         "param_dtype": config.train.param_dtype,
@@ -275,7 +277,6 @@ def _kept_rows(
 
 
 def _raw_rows(data: DataSet) -> Iterator[tuple[str, Mapping[str, Any] | DataError]]:
-    from scope_opd.cli.inputs import ZOO
     from scope_opd.data.dataset import read_raw
 
     if data.source == ZOO:
@@ -295,9 +296,9 @@ def summary(found: Sequence[Mapping[str, Any]], written: int, out: Path, rates: 
     cut = sum(row["truncated"] for row in found) / samples
     unjudged = sum(row["no_verdict"] for row in found) / samples
     return [
-        f"{written} of {len(found)} prompts kept with a pass rate of {pass_rate}: {out}",
+        f"{written} of {counted(len(found), 'prompt')} kept with a pass rate of {pass_rate}: {out}",
         f"mean pass rate {100 * mean:.1f} %; never solved {none}, always solved {every}; "
-        f"cut off {100 * cut:.1f} %, no verdict {100 * unjudged:.1f} % of {samples} samples",
+        f"cut off {100 * cut:.1f} %, no verdict {100 * unjudged:.1f} % of {counted(samples, 'sample')}",
         f"pass rates: {rates}",
         *(
             []

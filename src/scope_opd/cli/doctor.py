@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from scope_opd.errors import ScopeError
+from scope_opd.words import counted
 
 if TYPE_CHECKING:
     from scope_opd.cli.checks import Finding, Level
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 LOAD_LIMIT = 2_000_000_000
 """Bytes of weight files up to which a model is loaded rather than only described."""
-SHOWN_PROMPT = 300
 
 EXAMPLES = """Examples:
   scope doctor
@@ -134,6 +134,7 @@ def settings_and_data(config: Config, longest: list[int]) -> Iterator[Finding]:
     """Method, data, prompts and their lengths; the tokens of the longest prompt and response go into ``longest``."""
     from scope_opd.cli import checks, inputs
     from scope_opd.cli.checks import Finding
+    from scope_opd.cli.early import eval_source
 
     method = inputs.build_configured_method(config)
     with_teacher = inputs.needs_teacher(config, method)
@@ -147,10 +148,11 @@ def settings_and_data(config: Config, longest: list[int]) -> Iterator[Finding]:
     rows, warnings = data.rows, data.warnings
     characters = sorted(len(row.problem) for row in rows)
     middle = characters[len(characters) // 2]
-    yield Finding("data.train", "ok", f"{len(rows)} rows, {middle} characters at the median, {characters[-1]} at most")
+    size = counted(len(rows), "row")
+    yield Finding("data.train", "ok", f"{size}, {middle} characters at the median, {characters[-1]} at most")
     if len(rows) < config.train.prompts_per_step:
         yield Finding(
-            "data.train", "FAIL", f"{len(rows)} rows and train.prompts_per_step = {config.train.prompts_per_step}",
+            "data.train", "FAIL", f"{size} and train.prompts_per_step = {config.train.prompts_per_step}",
             "add rows or lower it",
         )  # fmt: skip
     tokenizer = inputs.student_tokenizer(config)
@@ -163,10 +165,9 @@ def settings_and_data(config: Config, longest: list[int]) -> Iterator[Finding]:
     shown = ", ".join(f"{name} {length or 'unlimited'}" for name, length in limits.items())
     span = f"prompts of {lengths[0]} to {lengths[-1]} tokens, with max_tokens up to {needed}"
     yield Finding("lengths", "ok", f"{span}; contexts: {shown}")
-    text = prompts[0].text
-    yield Finding("first prompt", "ok", repr(text if len(text) <= SHOWN_PROMPT else text[:SHOWN_PROMPT] + " ..."))
+    yield Finding("first prompt", "ok", inputs.shown_prompt(prompts[0].text))
     judged = list(prompts)
-    held_out = inputs.eval_source(config)
+    held_out = eval_source(config)
     if held_out is not None:
         eval_data = inputs.load_data(config, held_out, "heldout")
         eval_rows, warnings = eval_data.rows[: config.eval.problems], eval_data.warnings
@@ -234,7 +235,7 @@ def _described(table: Any, load: Any) -> tuple[Any, str]:
     from transformers import AutoModelForCausalLM
 
     from scope_opd.cli.inputs import model_config
-    from scope_opd.models.loading import resolve_path
+    from scope_opd.models.places import resolve_path
 
     folder = Path(resolve_path(table.path))
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else LOAD_LIMIT + 1

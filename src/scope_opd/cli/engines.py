@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from scope_opd.cli import checks
+from scope_opd.cli.early import eval_source
 from scope_opd.cli.inputs import (
     build_configured_method,
     build_verifier,
     contexts,
     eval_max_tokens,
-    eval_source,
     load_data,
     needs_teacher,
     render,
@@ -74,8 +74,12 @@ class Built:
             close()
 
 
-def build_engines(config: Config) -> Built:
+def build_engines(config: Config, revisions: Mapping[str, str] | None = None) -> Built:
     """Load everything that a training run needs.
+
+    Args:
+        config: the run.
+        revisions: commits of hub data sets, "train" and "eval", that a resumed run began with.
 
     Raises:
         ScopeError: anything that is wrong with data, models or settings.
@@ -86,8 +90,9 @@ def build_engines(config: Config) -> Built:
     method = build_configured_method(config)
     with_teacher = needs_teacher(config, method)
     held_out = eval_source(config)
-    data = load_data(config, config.data.train, "train")
-    held_out_data = load_data(config, held_out, "heldout") if held_out else None
+    commits = revisions or {}
+    data = load_data(config, config.data.train, "train", commits.get("train"))
+    held_out_data = load_data(config, held_out, "heldout", commits.get("eval")) if held_out else None
     eval_rows = held_out_data.rows[: config.eval.problems] if held_out_data else []
     warnings = [*data.warnings, *(held_out_data.warnings if held_out_data else [])]
     tokenizer = student_tokenizer(config)

@@ -23,12 +23,16 @@ from scope_opd.cli.eval_settings import (
     chat_kwargs,
     in_options,
     sampling_options,
+    typed_tolerance,
     verify_options,
 )
 from scope_opd.errors import ConfigError
+from scope_opd.words import counted
 
 if TYPE_CHECKING:
     from scope_opd.config import Config
+    from scope_opd.data.rows import Columns
+    from scope_opd.evaluate.benchmarks import Benchmark
     from scope_opd.evaluate.session import Task
     from scope_opd.types import Sampler
 
@@ -74,6 +78,7 @@ def evaluate(
     no_fallback: Annotated[bool, Parameter(negative="")] = False,
     tolerance: str | None = None,
     timeout_s: float | None = None,
+    code_timeout_s: float | None = None,
     workers: int | None = None,
     allow_unsandboxed: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -87,7 +92,7 @@ def evaluate(
 
     Benchmarks by name: zoo, aime24, aime25, amc23, math500, minerva,
     olympiadbench, gsm8k, humaneval, livecodebench, codeforces. Any other
-    NAME=PATH is your own: columns problem and answer.
+    NAME=PATH is your own: columns problem, answer and perhaps id (--map).
 
     Parameters
     ----------
@@ -101,7 +106,7 @@ def evaluate(
         NAME, or NAME=PATH for a file or hf:OWNER/NAME; may be repeated. With --responses the NAME that the results
         call them, for scope compare; default: the file's.
     map_
-        OURS=THEIRS: a column of the responses that has another name; may be repeated.
+        OURS=THEIRS: a column of the responses, or of benchmarks of your own, that has another name; may be repeated.
     preset
         paper: n 32, temperature 0.6, top-p 0.95, top-k 20, 32768 tokens or what the model's context leaves. Options
         win over it.
@@ -153,6 +158,8 @@ def evaluate(
         For numbers: absolute (0.01) or relative (1%). A problem's own wins.
     timeout_s
         CPU seconds a maths answer at most. Default 5.
+    code_timeout_s
+        Wall seconds a test of code at most. Default 10.
     workers
         Judging processes. Default: one for each core.
     allow_unsandboxed
@@ -163,8 +170,9 @@ def evaluate(
     verify = {
         "scope": scope,
         "fallback": False if no_fallback else None,
-        "tolerance": _number(tolerance),
+        "tolerance": typed_tolerance(tolerance),
         "timeout_s": timeout_s,
+        "code_timeout_s": code_timeout_s,
         "workers": workers,
         "allow_unsandboxed": allow_unsandboxed or None,
     }
@@ -191,8 +199,6 @@ def evaluate(
         config = build_config("zoo:student", None, {}, {}, verify=verify)
         name = _responses_name(responses, benchmark or [])
         return run(out, lambda: _from_responses(responses, name, map_ or [], config))
-    if map_:
-        raise ConfigError("--map without --responses", "columns of a responses file", "leave it out")
     if not benchmark:
         raise ConfigError("no --benchmark", "at least one", "for example --benchmark aime24, or NAME=PATH")
     assert model is not None
@@ -220,22 +226,24 @@ def evaluate(
     )
 
     def prepare() -> Prepared:
-        from scope_opd.evaluate.loading import parse_benchmark
+        from scope_opd.cli.early import check_early
+        from scope_opd.evaluate.loading import parse_benchmarks
 
-        # Names are looked at before torch is loaded, which takes seconds.
-        for name in benchmark:
-            parse_benchmark(name)
+        named = parse_benchmarks(benchmark)
+        columns = _own_columns(map_ or [], named)
+        check_early(config, [place for _, place in named])
         print("loading torch, benchmarks and the tokenizer ...", file=sys.stderr, flush=True)
         from scope_opd.cli.eval_model import from_model
 
         return from_model(
             config,
-            benchmark,
+            named,
             suffix=suffix,
             preset=preset,
             dtype=dtype,
             lower_max_tokens=preset is not None and max_tokens is None,
             fix_double_braces=fix_double_braces,
+            columns=columns,
         )
 
     return run(out, prepare)
@@ -282,7 +290,8 @@ def run(out: Path, prepare: Callable[[], Prepared]) -> int:
             pending = pending_batches(prepared.tasks, store)
             began = time.time()
             if pending:
-                run_batches(pending, prepared.open_sampler(), store, open_progress(meter), total=total)
+                doing = "decoding" if prepared.settings["source"]["kind"] == "model" else "judging"
+                run_batches(pending, prepared.open_sampler(), store, open_progress(meter, doing), total=total)
             elif store.samples:
                 print(f"all {total} samples are there already", file=sys.stderr)
             results = build_results(prepared.tasks, store, prepared.settings, prepared.data)
@@ -344,6 +353,24 @@ def _record_run(store: Any, meter: Any, began: float) -> None:
     store.write_json(RUN, {"runs": [*former, entry]})
 
 
+def _own_columns(mapped: Sequence[str], named: Sequence[tuple[Benchmark, str | None]]) -> Columns | None:
+    """What --map says of benchmarks of the user's own."""
+    from scope_opd.data.mapping import parse_map
+    from scope_opd.data.rows import Columns
+    from scope_opd.evaluate.benchmarks import is_own
+
+    if not mapped:
+        return None
+    found = parse_map(mapped, ("problem", "answer", "id"))
+    if not any(is_own(benchmark) for benchmark, _ in named):
+        names = ", ".join(benchmark.name for benchmark, _ in named)
+        raise ConfigError(
+            f"--map with {names} alone", "a benchmark of your own (NAME=PATH)", "leave it out: their columns are known"
+        )
+    plain = Columns()
+    return Columns(found.get("problem", plain.problem), found.get("answer", plain.answer), found.get("id", plain.id))
+
+
 def _responses_name(path: Path, named: Sequence[str]) -> str:
     """What the results call a file of responses: two models' files are compared under one name."""
     if len(named) > 1 or any("=" in name or not name.strip() for name in named):
@@ -355,14 +382,15 @@ def _responses_name(path: Path, named: Sequence[str]) -> str:
 
 def _from_responses(path: Path, name: str, mapped: Sequence[str], config: Config) -> Prepared:
     from scope_opd.data.dataset import file_sha256
+    from scope_opd.data.mapping import parse_map
     from scope_opd.evaluate.loading import content_sha256
-    from scope_opd.evaluate.responses import StoredSampler, parse_map, read_responses
+    from scope_opd.evaluate.responses import FIELDS, StoredSampler, read_responses
     from scope_opd.evaluate.session import Task
     from scope_opd.types import SamplingParams
     from scope_opd.verify.answers import build_answer_verifier
 
     source = path.expanduser()
-    columns = parse_map(mapped)
+    columns = parse_map(mapped, FIELDS)
     found = read_responses(source, columns, name=name)
     sha256 = file_sha256(source)
     verifier = build_answer_verifier(config.verify)
@@ -387,7 +415,7 @@ def _from_responses(path: Path, name: str, mapped: Sequence[str], config: Config
         "rows": len(found.prompts),
         "partial": False,
     }
-    lines = [f"{rows} responses to {len(found.prompts)} problems"]
+    lines = [f"{counted(rows, 'response')} to {counted(len(found.prompts), 'problem')}"]
     if not found.grouped:
         lines.append("note: no problem_id, so each row is a problem of its own (--map problem_id=COLUMN names it)")
     task = Task(name, found.prompts, counts, params, verifier, batch_problems=_JUDGED_TOGETHER)
@@ -396,13 +424,3 @@ def _from_responses(path: Path, name: str, mapped: Sequence[str], config: Config
 
 _JUDGED_TOGETHER = 64
 """Problems a batch where nothing is sampled."""
-
-
-def _number(text: str | None) -> float | str | None:
-    """A tolerance as typed: a number, or a share such as "1%" that the verifier reads."""
-    if text is None:
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        return text

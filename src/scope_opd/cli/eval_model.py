@@ -7,65 +7,68 @@ Not covered: other engines; one stands behind the same Protocol and replaces ``_
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from scope_opd.cli.eval_command import Prepared
 from scope_opd.cli.eval_settings import verify_options
-from scope_opd.cli.inputs import model_config, student_tokenizer
+from scope_opd.cli.identity import model_identity, template_sha256
+from scope_opd.cli.inputs import model_config, shown_prompt, student_tokenizer
 from scope_opd.config import Config
 from scope_opd.data.prompts import render_prompts
-from scope_opd.data.rows import Row
+from scope_opd.data.rows import Columns, Row
 from scope_opd.errors import DataError, RunFailed
 from scope_opd.evaluate.benchmarks import CODE_SUFFIX, Benchmark
-from scope_opd.evaluate.loading import Loaded, load_benchmark, parse_benchmark
+from scope_opd.evaluate.loading import Loaded, load_benchmark
 from scope_opd.evaluate.run import evaluation_seed
 from scope_opd.evaluate.session import Task, prompt_id
 from scope_opd.gold import is_code
-from scope_opd.models.loading import context_length, end_token_ids, load_model, resolve_device, resolve_path
+from scope_opd.models.loading import context_length, end_token_ids, load_model, resolve_device
 from scope_opd.rollout.local import LocalSampler
 from scope_opd.types import Prompt, SamplingParams, Verifier
 from scope_opd.verify.answers import AnswerVerifier, build_answer_verifier
+from scope_opd.words import counted
 from scope_opd.zoo.verifier import RunningSumVerifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NO_LIMIT = 1 << 30
-_IDENTITY_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt", "*.py")
 
 
 def from_model(
     config: Config,
-    names: Sequence[str],
+    named: Sequence[tuple[Benchmark, str | None]],
     *,
     suffix: str | None,
     preset: str | None,
     dtype: str,
     lower_max_tokens: bool = False,
     fix_double_braces: bool = False,
+    columns: Columns | None = None,
 ) -> Prepared:
     """Everything that an evaluation of ``config.model`` needs, without its weights.
 
     Args:
         config: the model, its prompts, sampling and judging.
-        names: ``NAME`` or ``NAME=PATH``, each benchmark once.
+        named: benchmarks and their places, from ``parse_benchmarks``.
         suffix: behind each problem; None: the benchmark's own.
         preset: recorded.
         dtype: of the weights, or "auto".
         lower_max_tokens: lower ``max_tokens`` to what the model's context leaves, and say so, in place of an error.
         fix_double_braces: mend ``\\boxed{{}}`` in prompts.
+        columns: what sets of the user's own call problem, answer and id.
 
     Raises:
         ScopeError: anything that is wrong with benchmarks, data, prompts or settings.
     """
     limit = config.eval.problems if "problems" in config.eval.model_fields_set else None
-    loaded = [load_benchmark(*each, problems=limit, fix_double_braces=fix_double_braces) for each in _distinct(names)]
+    loaded = [
+        load_benchmark(*each, problems=limit, fix_double_braces=fix_double_braces, columns=columns) for each in named
+    ]
     device = resolve_device(config.train.device)
     weights = dtype if dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     identity = model_identity(config)
@@ -97,7 +100,7 @@ def from_model(
         "sampling": sampling,
         "prompt": {
             "template": config.chat.template,
-            "template_sha256": _template_sha256(config),
+            "template_sha256": template_sha256(config),
             "system": config.chat.system,
             "kwargs": config.chat.kwargs,
             "stop_token_ids": config.chat.stop_token_ids,
@@ -129,36 +132,13 @@ def from_model(
         for task in tasks
         if config.eval.max_tokens is not None and task.params.max_tokens < config.eval.max_tokens
     ]
-    lines.append(f"first prompt: {tasks[0].prompts[0].text!r}")
+    lines.append(f"first prompt: {shown_prompt(tasks[0].prompts[0].text)}")
 
     def open_sampler() -> LocalSampler:
         return _open_sampler(config, tasks, tokenizer, weights, device)
 
     close = answers.close if answers is not None else _nothing
     return Prepared(tasks, settings, {each.benchmark.name: each.data for each in loaded}, open_sampler, close, lines)
-
-
-def model_identity(config: Config) -> dict[str, str | None]:
-    """What tells a model's weights apart: a hash of a folder's files, or the hub's commit."""
-    path = resolve_path(config.model.path)
-    if not Path(path).is_dir():
-        found = model_config(path, config.model.revision, config.model.trust_remote_code)
-        return {"sha256": None, "commit": getattr(found, "_commit_hash", None)}
-    digest = hashlib.sha256()
-    for file in sorted({file for pattern in _IDENTITY_FILES for file in Path(path).glob(pattern)}):
-        with file.open("rb") as stream:
-            digest.update(f"{file.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return {"sha256": digest.hexdigest(), "commit": None}
-
-
-def _distinct(names: Sequence[str]) -> list[tuple[Benchmark, str | None]]:
-    parsed = [parse_benchmark(name) for name in names]
-    seen: set[str] = set()
-    for benchmark, _ in parsed:
-        if benchmark.name in seen:
-            raise DataError(f"--benchmark names {benchmark.name} twice", "each once", "drop one, or rename it")
-        seen.add(benchmark.name)
-    return parsed
 
 
 def _task(
@@ -221,7 +201,7 @@ def _suffix(loaded: Loaded, given: str | None) -> str:
 
 def _described(loaded: Loaded) -> str:
     data = loaded.data
-    line = f"{loaded.benchmark.name}: {len(loaded.rows)} problems from {data['source']}"
+    line = f"{loaded.benchmark.name}: {counted(len(loaded.rows), 'problem')} from {data['source']}"
     if data["partial"]:
         line += f", the first of {data['rows'] - data['left_out']}"
     return line + (f"; {data['left_out']} left out, which outputs alone cannot judge" if data["left_out"] else "")
@@ -277,14 +257,6 @@ def _out_of_memory(error: BaseException) -> RunFailed:
         "an evaluation that fits",
         "lower --max-rows or --max-tokens, with another --out",
     )
-
-
-def _template_sha256(config: Config) -> str | None:
-    """Of a Jinja file's bytes: the same path may hold another template tomorrow."""
-    template = config.chat.template
-    if template is None or not Path(template).is_file():
-        return None
-    return hashlib.sha256(Path(template).read_bytes()).hexdigest()
 
 
 def _given(answers: AnswerVerifier | None) -> AnswerVerifier:

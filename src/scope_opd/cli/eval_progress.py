@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
 _PLAIN_INTERVAL_S = 2.0
+_SILENCE_S = 15.0
+"""Without the end of a sample for so long, a line says that it goes on; then after twice as long, and so on."""
+_LONGEST_SILENCE_S = 60.0
 _RATE_WINDOW_S = 60.0
 """The rate that is shown, and from which the time left follows, is that of the last minute."""
 
@@ -43,11 +48,54 @@ class Meter:
         return "  ".join(part for part in (f"{fresh / seconds:.0f} tok/s" if fresh else "", left) if part)
 
 
+class Heartbeat:
+    """A thread that speaks up when nothing has been heard for a while: a batch's first sample may take many minutes.
+
+    Args:
+        say: called with the seconds of silence so far, first after ``_SILENCE_S``.
+        longest_s: seconds between two calls at most.
+    """
+
+    def __init__(self, say: Callable[[float], None], longest_s: float) -> None:
+        self._say, self._longest_s = say, longest_s
+        self._closed = threading.Event()
+        self._heard = time.monotonic()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._heard = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def hear(self) -> None:
+        """Something has happened."""
+        self._heard = time.monotonic()
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join(1)
+
+    def _run(self) -> None:
+        heard, wait = self._heard, _SILENCE_S
+        due = heard + wait
+        while not self._closed.wait(max(0.0, due - time.monotonic())):
+            if self._heard != heard:
+                heard, wait = self._heard, _SILENCE_S
+                due = heard + wait
+                continue
+            self._say(time.monotonic() - heard)
+            due += min(wait, self._longest_s)
+            wait = min(2 * wait, self._longest_s)
+
+
 class LiveProgress:
     """One bar over all samples."""
 
-    def __init__(self, console: Console, meter: Meter) -> None:
+    def __init__(self, console: Console, meter: Meter, doing: str) -> None:
         self._meter = meter
+        self._doing = doing
+        self._heartbeat = Heartbeat(self._silent, 1.0)
         self._bars = Progress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=10)),
             BarColumn(bar_width=None, table_column=Column(min_width=8, max_width=24, ratio=1)),
@@ -61,23 +109,30 @@ class LiveProgress:
         self._meter.begin(done, total)
         self._bars.update(self._task, completed=done, total=total)
         self._bars.start()
+        self._heartbeat.start()
 
     def benchmark(self, name: str) -> None:
         self._bars.update(self._task, description=name)
 
     def sample(self, tokens: int) -> None:
+        self._heartbeat.hear()
         self._meter.add(tokens)
         self._bars.update(self._task, completed=self._meter.done, figures=self._meter.figures())
 
     def close(self) -> None:
+        self._heartbeat.close()
         self._bars.stop()
+
+    def _silent(self, seconds: float) -> None:
+        self._bars.update(self._task, figures=f"{self._doing}, {_clock(seconds)}")
 
 
 class PlainProgress:
-    """A line at most every two seconds, and one at the end."""
+    """A line at most every two seconds, and one at the end; in between, where no sample ends, that it goes on."""
 
-    def __init__(self, console: Console, meter: Meter) -> None:
-        self._console, self._meter = console, meter
+    def __init__(self, console: Console, meter: Meter, doing: str) -> None:
+        self._console, self._meter, self._doing = console, meter, doing
+        self._heartbeat = Heartbeat(self._silent, _LONGEST_SILENCE_S)
         self._name, self._last = "", float("-inf")
 
     def begin(self, done: int, total: int) -> None:
@@ -85,11 +140,13 @@ class PlainProgress:
         self._last = time.monotonic()
         if done:
             self._line(f"{done} of {total} samples are there already")
+        self._heartbeat.start()
 
     def benchmark(self, name: str) -> None:
         self._name = name
 
     def sample(self, tokens: int) -> None:
+        self._heartbeat.hear()
         self._meter.add(tokens)
         now = time.monotonic()
         if now - self._last >= _PLAIN_INTERVAL_S or self._meter.done == self._meter.total:
@@ -98,16 +155,25 @@ class PlainProgress:
             self._line(f"{self._name}  {meter.done}/{meter.total} samples  {meter.figures()}".rstrip())
 
     def close(self) -> None:
-        pass
+        self._heartbeat.close()
+
+    def _silent(self, seconds: float) -> None:
+        done = f"{self._meter.done}/{self._meter.total} samples"
+        self._line(f"{self._name}  {done}  {self._doing}, {_clock(seconds)}")
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def open_progress(meter: Meter) -> LiveProgress | PlainProgress:
-    """Live on a terminal."""
+def open_progress(meter: Meter, doing: str = "decoding") -> LiveProgress | PlainProgress:
+    """Live on a terminal.
+
+    Args:
+        meter: counts.
+        doing: what goes on while no sample ends.
+    """
     console = Console(stderr=True)
-    return LiveProgress(console, meter) if console.is_terminal else PlainProgress(console, meter)
+    return (LiveProgress if console.is_terminal else PlainProgress)(console, meter, doing)
 
 
 def _clock(seconds: float) -> str:

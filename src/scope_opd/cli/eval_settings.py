@@ -1,4 +1,4 @@
-"""The options of ``scope eval`` as a checked config, and errors in the words of its options.
+"""The options of ``scope eval`` and ``scope verify`` as a checked config, and errors in the words of those options.
 
 The config's own tables do the checking, so that defaults and limits are those of training.
 """
@@ -46,6 +46,7 @@ OPTIONS = {
     "verify.scope": "--scope",
     "verify.tolerance": "--tolerance",
     "verify.timeout_s": "--timeout-s",
+    "verify.code_timeout_s": "--code-timeout-s",
     "verify.workers": "--workers",
     "verify.allow_unsandboxed": "--allow-unsandboxed",
 }
@@ -67,6 +68,16 @@ def in_options() -> Iterator[None]:
 
 def _parts(error: ScopeError) -> tuple[str, str, str]:
     return error.found, error.expected, error.remedy
+
+
+def typed_tolerance(text: str | None) -> float | str | None:
+    """A tolerance as typed: "0.01" is a number, "1%" a share that the verifier reads."""
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def sampling_options(preset: str | None, model: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,29 +12,33 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from scope_opd.cli.early import ZOO
 from scope_opd.cli.names import nearest
 from scope_opd.config import Config
 from scope_opd.data.dataset import DataSet, read_dataset, skip_lines
 from scope_opd.data.prompts import render_prompts
 from scope_opd.data.rows import Columns, Row, Skipped, check_rows
 from scope_opd.errors import ConfigError
-from scope_opd.models.loading import context_length, load_tokenizer, resolve_path
+from scope_opd.models.loading import context_length, load_tokenizer
+from scope_opd.models.places import resolve_path
 from scope_opd.objective.methods import Method, build_method, method_names
 from scope_opd.types import Prompt, Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ZOO = "zoo"
+SHOWN_PROMPT = 300
+"""Characters of a prompt that a terminal is shown."""
 
 
-def load_data(config: Config, source: str, split: str) -> DataSet:
+def load_data(config: Config, source: str, split: str, revision: str | None = None) -> DataSet:
     """The zoo, a file or a hub data set, checked as ``[data]`` says.
 
     Args:
         config: names the columns, and says what becomes of bad rows.
         source: ``zoo``, a file or ``hf:OWNER/NAME?..``.
         split: "train", of which ``data.max_rows`` are looked at, or "heldout".
+        revision: of a hub data set, in place of what its branch stands for today.
     """
     data = config.data
     max_rows = data.max_rows if split == "train" else None
@@ -47,26 +51,11 @@ def load_data(config: Config, source: str, split: str) -> DataSet:
     return read_dataset(
         source,
         Columns(data.problem_column, data.answer_column, data.id_column),
+        revision=revision,
         max_rows=max_rows,
         on_bad_row=data.on_bad_row,
         fix_double_braces=data.fix_double_braces,
     )
-
-
-def eval_source(config: Config) -> str | None:
-    """Where held-out problems come from; the zoo brings its own. None where the config wants no evaluation.
-
-    Raises:
-        ConfigError: an evaluation is asked for and there are no problems for it.
-    """
-    if not (config.eval.every or config.eval.at_start or config.eval.at_end):
-        return None
-    source = config.data.eval or (ZOO if config.data.train == ZOO else None)
-    if source is None:
-        raise ConfigError(
-            "[eval] asks for an evaluation and data.eval is not set", "a file of held-out problems", "set data.eval"
-        )
-    return source
 
 
 def build_verifier(config: Config, prompts: Iterable[Prompt] = ()) -> tuple[Verifier, Callable[[str], str] | None]:
@@ -206,6 +195,12 @@ def render(
         if own and config.chat.system is not None:
             warnings.append(f"chat.system: {own} of {len(rows)} rows have a system message of their own, which stays")
     return prompts
+
+
+def shown_prompt(text: str) -> str:
+    """A prompt on one line; of a long one both ends, where template and suffix stand."""
+    cut = SHOWN_PROMPT // 2
+    return repr(text if len(text) <= SHOWN_PROMPT else f"{text[:cut]} ... {text[-cut:]}")
 
 
 def eval_max_tokens(config: Config) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from scope_opd.errors import RunFailed, RunFolderError
+from scope_opd.words import counted
 
 if TYPE_CHECKING:
     from scope_opd.train.engines import TrainResult
@@ -49,12 +50,15 @@ def train(
     run_dir
         The run folder, in place of run.dir.
     """
+    from scope_opd.cli.early import check_early, eval_source
     from scope_opd.config import load_config
 
     given = list(overrides or [])
     if run_dir is not None:
         given.append(f'run.dir="{_toml_text(run_dir)}"')
     settings = load_config(config, given)
+    sources = {"train": settings.data.train, "eval": eval_source(settings)}
+    check_early(settings, sources.values())
     folder = Path(settings.run.dir)
     if folder.exists():
         # An occupied folder is worth knowing of before minutes of loading.
@@ -69,13 +73,15 @@ def train(
     print("loading torch, data and models ...", file=sys.stderr, flush=True)
 
     from scope_opd.cli.engines import build_engines
+    from scope_opd.cli.inputs import shown_prompt
     from scope_opd.train import loop
+    from scope_opd.train.resume import recorded_revisions
 
     with memory_in_one_line():
-        built = build_engines(settings)
+        built = build_engines(settings, recorded_revisions(folder, sources) if resume else None)
         for warning in built.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        print(f"first prompt: {built.engines.schedule.batch(0)[0].text!r}", file=sys.stderr, flush=True)
+        print(f"first prompt: {shown_prompt(built.engines.schedule.batch(0)[0].text)}", file=sys.stderr, flush=True)
         try:
             result = loop.train(settings, built.engines, resume=resume)
         finally:
@@ -110,7 +116,7 @@ def memory_in_one_line() -> Iterator[None]:
 
 def outcome(result: TrainResult) -> list[str]:
     """What a finished run has to say."""
-    lines = [f"done: {result.steps} steps in {result.folder}"]
+    lines = [f"done: {counted(result.steps, 'step')} in {result.folder}"]
     for row in result.evaluations:
         if row.get("step") == result.steps:
             passes = ", ".join(f"Pass@{k} {100 * value:.1f}" for k, value in row["pass@k"].items() if k != "1")

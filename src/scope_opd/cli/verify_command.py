@@ -14,7 +14,7 @@ import queue
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from scope_opd.errors import ConfigError, DataError
+from scope_opd.cli.eval_settings import in_options, typed_tolerance
+from scope_opd.errors import DataError
+from scope_opd.words import counted
 
 if TYPE_CHECKING:
     from scope_opd.config import VerifyConfig
@@ -31,12 +33,15 @@ if TYPE_CHECKING:
     from scope_opd.verify.answers import AnswerVerifier
     from scope_opd.verify.code.verifier import CodeVerifier
 
+FIELDS = ("id", "prediction", "answer", "problem", "tolerance", "form", "kind", "expected")
+"""Keys of a row that are read."""
 MAX_WAITING = 512
 """Rows that are read and not printed yet, at most."""
 
 EXAMPLES = """Examples:
   scope verify answers.jsonl
   scope verify answers.jsonl --summary > verdicts.jsonl
+  scope verify answers.jsonl --map prediction=response --map answer=gold
   scope verify answers.jsonl --tolerance 1% --no-fallback
   zcat answers.jsonl.gz | scope verify - | jq -c 'select(.correct == null)'
   echo '{"prediction": "so \\\\boxed{1/2}", "answer": "0.5"}' | scope verify -
@@ -47,10 +52,12 @@ def verify(
     file: Annotated[Path, Parameter(allow_leading_hyphen=True)],
     /,
     *,
+    map_: Annotated[list[str] | None, Parameter(name="--map", negative="")] = None,
     scope: Literal["after_think", "all"] | None = None,
     no_fallback: Annotated[bool, Parameter(negative="")] = False,
     tolerance: str | None = None,
     timeout_s: float | None = None,
+    code_timeout_s: float | None = None,
     workers: int | None = None,
     allow_unsandboxed: Annotated[bool, Parameter(negative="")] = False,
     summary: Annotated[bool, Parameter(negative="")] = False,
@@ -67,11 +74,14 @@ def verify(
     row has none), correct (true, false, or null where no verdict was
     reached), extracted (the final answer found), reason. A row that is wrong
     ends the command with exit code 2, after the verdicts on those before it.
+    Ctrl-C (exit code 130) leaves the verdicts that were printed before it.
 
     Parameters
     ----------
     file
         The JSONL file; - reads standard input.
+    map_
+        OURS=THEIRS: a key that the rows call otherwise; may be repeated.
     scope
         What may hold the answer: after_think (default), only what follows a closed thinking block; all.
     no_fallback
@@ -79,7 +89,9 @@ def verify(
     tolerance
         For numbers: 0.01 is absolute, 1% relative. A row's own wins, and its answer's own over that.
     timeout_s
-        CPU seconds for a maths answer (default 5); wall seconds for each test of code (default 10).
+        CPU seconds a maths answer at most. Default 5.
+    code_timeout_s
+        Wall seconds a test of code at most. Default 10.
     workers
         Processes that judge. Default: one for each core.
     allow_unsandboxed
@@ -87,25 +99,31 @@ def verify(
     summary
         Counts on standard error; with agreement where rows have expected (true or false).
     """
+    from scope_opd.data.mapping import parse_map
     from scope_opd.verify.answers import build_answer_verifier
 
     settings = _settings(
         {
             "scope": scope,
             "fallback": False if no_fallback else None,
-            "tolerance": _number(tolerance),
+            "tolerance": typed_tolerance(tolerance),
             "timeout_s": timeout_s,
+            "code_timeout_s": code_timeout_s,
             "workers": workers,
             "allow_unsandboxed": allow_unsandboxed,
         }
     )
-    if timeout_s is not None:
-        settings = settings.model_copy(update={"code_timeout_s": timeout_s})
-    verifier = build_answer_verifier(settings)
-    with Judging(verifier, settings) as judging:
-        for row in read_answers(file):
-            judging.submit(row)
-        judging.finish()
+    columns = parse_map(map_ or [], FIELDS)
+    judging = Judging(build_answer_verifier(settings), settings)
+    try:
+        with judging:
+            for row in read_answers(file, columns):
+                judging.submit(row)
+            judging.finish()
+    except KeyboardInterrupt:
+        judged = counted(judging.counts.total(), "row")
+        print(f"interrupted: {judged} judged; the output is partial", file=sys.stderr)
+        return 130
     if summary:
         print(judging.summary(), file=sys.stderr)
     return 0
@@ -134,12 +152,17 @@ class AnswerRow:
     where: str
 
 
-def read_answers(file: Path) -> Iterator[AnswerRow]:
+def read_answers(file: Path, columns: Mapping[str, str] | None = None) -> Iterator[AnswerRow]:
     """Rows, checked one by one.
+
+    Args:
+        file: JSON lines, or - for standard input.
+        columns: keys that differ, from ``data.mapping.parse_map``.
 
     Raises:
         DataError: naming file, line and id.
     """
+    from scope_opd.data.mapping import mapped_row
     from scope_opd.records import iter_jsonl
 
     is_stdin = str(file) == "-"
@@ -147,7 +170,8 @@ def read_answers(file: Path) -> Iterator[AnswerRow]:
     source: Any = sys.stdin.buffer if is_stdin else file.expanduser()
     number = 0
     for number, row in iter_jsonl(source):
-        yield answer_row(row, number, f"{name} line {number}")
+        where = f"{name} line {number}"
+        yield answer_row(mapped_row(row, columns, FIELDS, where) if columns else row, number, where)
     if not number:
         raise DataError(f"{name} has no rows", "one JSON object a line", "check how it was written")
 
@@ -204,7 +228,8 @@ def answer_row(row: dict[str, Any], number: int, where: str) -> AnswerRow:
 class Judging:
     """Rows in, lines out, in order. A thread prints, so that neither reading nor judging waits for the other.
 
-    Leaving the ``with`` block prints what was submitted before, whatever ended the block, except an interruption.
+    Leaving the ``with`` block prints what was submitted before, whatever ended the block, except an interruption: then
+    nothing more is printed.
     """
 
     def __init__(self, verifier: AnswerVerifier, settings: VerifyConfig) -> None:
@@ -218,6 +243,7 @@ class Judging:
         self._workers = settings.workers
         self._waiting: queue.Queue[tuple[AnswerRow, Future[Verdict]] | None] = queue.Queue(MAX_WAITING)
         self._error: BaseException | None = None
+        self._stopped = threading.Event()
         self._printer = threading.Thread(target=self._print, name="printer", daemon=True)
         self._printer.start()
 
@@ -262,20 +288,27 @@ class Judging:
         try:
             if isinstance(error, Exception) and error is not self._error:
                 self.finish()
+            elif error is not None:
+                # Before the verifier is closed: rows under way then end without a verdict, which is none on them.
+                self._stopped.set()
         finally:
             self.verifier.close()
             if self._code_threads is not None:
                 self._code_threads.shutdown(wait=False, cancel_futures=True)
             with suppress(queue.Full):
                 self._waiting.put(None, timeout=1)
+            if self._stopped.is_set():
+                self._printer.join(1)  # so that ``counts`` says what was printed; a full pipe may hold it up
 
     def _print(self) -> None:
         while (item := self._waiting.get()) is not None:
-            if self._error is not None:
+            if self._error is not None or self._stopped.is_set():
                 continue  # keep taking, so that nobody waits to put
             row, future = item
             try:
                 verdict = future.result()
+                if self._stopped.is_set():
+                    continue
                 self.counts[verdict.correct] += 1
                 if row.expected is not None:
                     self.agreement[row.expected, verdict.correct] += 1
@@ -321,28 +354,10 @@ def _settings(options: dict[str, Any]) -> VerifyConfig:
     from scope_opd.config import validate_config
     from scope_opd.verify.answers import math_settings
 
-    try:
+    with in_options():
         settings = validate_config({"verify": {key: value for key, value in options.items() if value is not None}})
         math_settings(settings.verify)
-    except ConfigError as error:
-        parts = (error.found, error.expected, error.remedy)
-        found, expected, remedy = (_as_options(part, options) for part in parts)
-        raise ConfigError(found, expected, remedy) from None
     return settings.verify
-
-
-def _as_options(text: str, options: dict[str, Any]) -> str:
-    for name in options:
-        text = text.replace(f"verify.{name}", f"--{name.replace('_', '-')}")
-    return text
-
-
-def _number(text: str | None) -> float | str | None:
-    """A number where the text is one: "0.01" is absolute, "1%" stays as it is."""
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return text
 
 
 def _encodable(line: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from scope_opd.data.files import Record, file_records
 from scope_opd.data.hub import HubTable, is_hub, load_hub, parse_hub
 from scope_opd.data.rows import Columns, Row, Skipped, check_rows, present, resolve_columns
+from scope_opd.words import counted
 
 OnBadRow = Literal["error", "skip"]
 DOUBLE_BRACES, SINGLE_BRACES = r"\boxed{{}}", r"\boxed{}"
@@ -75,6 +76,7 @@ def read_dataset(
     source: str | Path,
     columns: Columns | None = None,
     *,
+    revision: str | None = None,
     max_rows: int | None = None,
     on_bad_row: OnBadRow = "error",
     fix_double_braces: bool = False,
@@ -84,6 +86,7 @@ def read_dataset(
     Args:
         source: a ``.jsonl`` (``.jsonl.gz``), ``.json``, ``.csv`` or ``.parquet`` file, or ``hf:OWNER/NAME?..``.
         columns: names of the columns; the defaults let verl's layout be recognised.
+        revision: the commit of a hub data set to read, in place of what its own revision stands for today.
         max_rows: look at the first rows only, sound or not.
         on_bad_row: "skip" lists bad rows in place of raising the first. A damaged file is an error either way.
         fix_double_braces: mend ``\\boxed{{}}`` in prompts.
@@ -94,10 +97,11 @@ def read_dataset(
     name, wanted = str(source), columns or Columns()
     skipped: list[Skipped] = []
     kept = skipped if on_bad_row == "skip" else None
-    revision = sha256 = None
+    sha256 = None
     records: Iterator[Record]
     if is_hub(name):
-        table = load_hub(name)
+        asked = parse_hub(name)
+        table = load_hub(replace(asked, revision=revision) if revision else asked)
         records, revision = iter(_hub_records(table, wanted)), table.revision
         layout = resolve_columns(wanted, table.names)[1]
         rows = check_rows(records, wanted, source=name, max_rows=max_rows, skipped=kept)
@@ -133,7 +137,7 @@ def skip_lines(source: str, skipped: Sequence[Skipped], total: int) -> list[str]
         f"{each.where.removeprefix(source).lstrip(', ')}: {each.reason}" for each in skipped[:SHOWN_SKIPS]
     )
     more = f"; {len(skipped) - SHOWN_SKIPS} more" if len(skipped) > SHOWN_SKIPS else ""
-    return [f"{source}: {len(skipped)} of {total} rows skipped: {shown}{more}"]
+    return [f"{source}: {len(skipped)} of {counted(total, 'row')} skipped: {shown}{more}"]
 
 
 def _hub_records(table: HubTable, columns: Columns) -> Iterator[Record]:
@@ -163,13 +167,13 @@ def double_braces(
     if not found:
         return rows, []
     if not fix:
-        note = f"{len(found)} of {len(rows)} prompts hold a literal {DOUBLE_BRACES}; {option} mends it"
+        note = f"{len(found)} of {counted(len(rows), 'prompt')} with a literal {DOUBLE_BRACES}; {option} mends it"
         return rows, [f"{source}: {note}"]
     for index in found:
         row = rows[index]
         messages = tuple({**m, "content": m["content"].replace(DOUBLE_BRACES, SINGLE_BRACES)} for m in row.messages)
         rows[index] = replace(row, problem=row.problem.replace(DOUBLE_BRACES, SINGLE_BRACES), messages=messages)
-    return rows, [f"{source}: {DOUBLE_BRACES} mended in {len(found)} of {len(rows)} prompts"]
+    return rows, [f"{source}: {DOUBLE_BRACES} mended in {len(found)} of {counted(len(rows), 'prompt')}"]
 
 
 def _prompt_text(row: Row) -> str:

@@ -43,15 +43,7 @@ def file_records(path: Path, select: Select | None = None) -> Iterator[Record]:
     Raises:
         DataError: a file that is missing, empty, unreadable, damaged or of another kind.
     """
-    suffix = suffix_of(path)
-    if not suffix:
-        raise DataError(f"data file {path}", f"a name ending in {', '.join(SUFFIXES)}", "convert or rename the file")
-    if path.is_dir():
-        raise DataError(f"data file {path} is a folder", "a file", "name the file inside it")
-    if not path.exists():
-        raise DataError(f"data file {path} does not exist", "a data file", "check the path")
-    if path.stat().st_size == 0:
-        raise DataError(f"data file {path} is empty", "at least one row", "check how it was written")
+    suffix = check_file(path)
     try:
         if suffix == ".parquet":
             yield from _parquet(path, select)
@@ -66,6 +58,24 @@ def file_records(path: Path, select: Select | None = None) -> Iterator[Record]:
     except OSError as error:
         reason = error.strerror or str(error).strip().splitlines()[0]
         raise DataError(f"data file {path}: {reason}", "a readable file", "check it and its permissions") from None
+
+
+def check_file(path: Path) -> str:
+    """Which of ``SUFFIXES`` a data file has.
+
+    Raises:
+        DataError: none of them, or a file that is missing, empty or a folder.
+    """
+    if path.is_dir():
+        raise DataError(f"data file {path} is a folder", "a file", "name the file inside it")
+    suffix = suffix_of(path)
+    if not path.exists():
+        raise DataError(f"data file {path} does not exist", "a data file", "check the path")
+    if not suffix:
+        raise DataError(f"data file {path}", f"a name ending in {', '.join(SUFFIXES)}", "convert or rename the file")
+    if path.stat().st_size == 0:
+        raise DataError(f"data file {path} is empty", "at least one row", "check how it was written")
+    return suffix
 
 
 def names_of(row: Mapping[str, Any], prefix: str = "") -> list[str]:

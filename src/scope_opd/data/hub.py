@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,11 +120,24 @@ def load_hub(source: str | HubSource) -> HubTable:
         raise DataError(f"data set {wanted}: {path} is a folder here too", "one of them", f"write hf:./{path} for it")
     revision = None if wanted.is_folder else _resolve(wanted)
     try:
-        loaded = datasets.load_dataset(path, wanted.subset, revision=revision or wanted.revision)
+        with _without_bars(datasets):
+            loaded = datasets.load_dataset(path, wanted.subset, revision=revision or wanted.revision)
     except Exception as error:  # whatever a third-party builder raises, the data set is what is wrong
         raise DataError(f"data set {wanted}: {_reason(error)}", "one that can be loaded", _remedy(error)) from error
     table = _split(wanted, loaded)
     return HubTable(wanted, table, None if wanted.is_folder else revision or _cached_revision(table))
+
+
+@contextmanager
+def _without_bars(datasets: Any) -> Iterator[None]:
+    """``datasets`` draws a bar for each split that it writes to its cache; downloads keep the hub library's."""
+    hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            datasets.enable_progress_bars()
 
 
 def _resolve(wanted: HubSource) -> str | None:

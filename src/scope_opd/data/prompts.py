@@ -22,6 +22,7 @@ from scope_opd.data.messages import conversation
 from scope_opd.data.rows import Row, Skipped
 from scope_opd.errors import ConfigError, DataError, ModelError
 from scope_opd.types import Prompt
+from scope_opd.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,7 +83,7 @@ def render_prompts(
     if rows and not prompts:
         assert skipped
         raise DataError(
-            f"none of {len(rows)} rows makes a prompt; the first, {skipped[-len(rows)].where}: "
+            f"no prompt from {counted(len(rows), 'row')}; the first, {skipped[-len(rows)].where}: "
             f"{skipped[-len(rows)].reason}", "at least one", "check [chat] and data.max_prompt_tokens",
         )  # fmt: skip
     return prompts
@@ -91,7 +92,7 @@ def render_prompts(
 def _skip(row: Row, error: DataError, skipped: list[Skipped] | None) -> None:
     if skipped is None:
         raise error
-    skipped.append(Skipped.of(row.where, error))
+    skipped.append(Skipped.of(f"{row.where} (id {row.id!r})", error))
 
 
 def _check_length(row: Row, tokens: int, max_prompt_tokens: int, max_tokens: int, limits: Mapping[str, int]) -> None:
@@ -135,7 +136,7 @@ class PromptSchedule:
     ) -> None:
         if len(prompts) < prompts_per_step:
             raise DataError(
-                f"{len(prompts)} rows in data.train",
+                f"{counted(len(prompts), 'row')} in data.train",
                 f"at least train.prompts_per_step = {prompts_per_step}",
                 "add rows or lower train.prompts_per_step",
             )
@@ -182,7 +183,13 @@ def _renderer(tokenizer: PreTrainedTokenizerBase, chat: ChatConfig) -> Callable[
                     f"remove chat.{name} or name a template",
                 )
         return lambda row: _bare_text(row) + chat.suffix
-    template = _template(tokenizer, chat)
+    template = read_template(chat)
+    if template is None and not tokenizer.chat_template:
+        raise ModelError(
+            "the student's tokenizer has no chat template",
+            "one, or a choice in [chat]",
+            f"set chat.template to {BARE!r} (the bare problem) or to the path of a Jinja file",
+        )
     for name in ("tokenize", "add_generation_prompt", "chat_template", "return_dict", "return_tensors"):
         if name in chat.kwargs:
             raise ConfigError(f"chat.kwargs.{name} is set", "arguments of the template itself", "remove it")
@@ -209,15 +216,13 @@ def _bare_text(row: Row) -> str:
     return row.problem
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, chat: ChatConfig) -> str | None:
-    """The Jinja text to render with; None means the tokenizer's own."""
-    if chat.template is None:
-        if not tokenizer.chat_template:
-            raise ModelError(
-                "the student's tokenizer has no chat template",
-                "one, or a choice in [chat]",
-                f"set chat.template to {BARE!r} (the bare problem) or to the path of a Jinja file",
-            )
+def read_template(chat: ChatConfig) -> str | None:
+    """The Jinja text to render with; None means the tokenizer's own, or no template at all.
+
+    Raises:
+        ConfigError: a file that cannot be read, or is empty.
+    """
+    if chat.template is None or chat.template == BARE:
         return None
     try:
         text = Path(chat.template).read_text(encoding="utf-8")

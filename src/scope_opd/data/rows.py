@@ -15,13 +15,13 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from scope_opd.data.files import file_records, names_of
+from scope_opd.data.files import names_of
 from scope_opd.data.messages import Messages, check_messages, is_conversation
 from scope_opd.errors import DataError
 from scope_opd.gold import answer_from_text, check_answer
+from scope_opd.words import counted
 
 MAX_FIELD_CHARACTERS = 200
 """Text columns beyond this are not carried along with a prompt: they are solutions and traces, not labels."""
@@ -104,23 +104,6 @@ def resolve_columns(columns: Columns, names: Collection[str]) -> tuple[Columns, 
     return columns, "plain"
 
 
-def read_rows(path: str | Path, columns: Columns | None = None, *, max_rows: int | None = None) -> list[Row]:
-    """The rows of a file, all of them sound; ``dataset.read_dataset`` offers more.
-
-    Args:
-        path: the file.
-        columns: names of the columns.
-        max_rows: take the first rows only; what follows is not looked at.
-
-    Raises:
-        DataError: missing, empty, unreadable, corrupt or unknown kind of file; a row that fails a check.
-    """
-    source = Path(path)
-    wanted = columns or Columns()
-    records = file_records(source, lambda names: present(wanted, names, str(source)))
-    return check_rows(records, wanted, source=str(source), max_rows=max_rows)
-
-
 def present(columns: Columns, names: Collection[str], source: str) -> list[str]:
     """Which of the columns a table with these names has.
 
@@ -190,7 +173,9 @@ def check_rows(
     if not rows:
         assert first is not None
         raise DataError(
-            f"{source}: none of {number} rows is sound; the first, {first.found}", first.expected, first.remedy
+            f"{source}: no sound row among {counted(number, 'row')}; the first, {first.found}",
+            first.expected,
+            first.remedy,
         )
     return rows
 
@@ -253,7 +238,7 @@ def check_text(values: Any, where: str) -> None:
 
 def _no_column(name: str, names: Iterable[str], where: str) -> DataError:
     return DataError(
-        f"{where}: no column {name!r} among {', '.join(map(str, names)) or 'none'}",
+        f"{where}: no column {name!r}, found {', '.join(map(str, names)) or 'none'}",
         f"a column {name!r}",
         NAME_COLUMNS,
     )

@@ -3,7 +3,7 @@ r"""The benchmarks and training sets by name: where they come from, how many row
 One entry of ``TABLE`` a data set; what its fields mean stands with ``Benchmark``, how a row becomes a problem and a
 gold answer in ``adapters``. Row counts and revisions were compared with the sources named in ``checked``: "card", the
 data set's card, viewer or commit page on the hub; "projects", public projects that pin this revision or count these
-rows; "copy", the local copy with the content hash given.
+rows; "copy", the local copy whose bytes have the hash given.
 
 Not covered: reading the data (``loading``).
 """
@@ -38,7 +38,7 @@ class Benchmark:
         revision: a commit of the hub's repository; None where none is known, and then what it resolves to is recorded.
         rows: of that split; None where not known, and then any number is taken.
         adapt: from a row of the hub's layout or of the local copy's to id, problem and gold answer.
-        sha256: content hash of the local copy that the tests read; None where there is none.
+        sha256: of the bytes of the local copy that the tests read; None where there is none.
         copy_rows: of the local copy, where it differs from ``rows``.
         suffix: appended to each problem.
         max_tokens: response tokens unless an option or a preset says otherwise.
@@ -118,3 +118,8 @@ TABLE: Mapping[str, Benchmark] = {entry.name: entry for entry in _ENTRIES}
 def custom(name: str) -> Benchmark:
     """A benchmark of the user's own: columns problem and answer (and id), maths or code by each answer's shape."""
     return Benchmark(name, None, None, "", None, None, adapters.as_it_is)
+
+
+def is_own(benchmark: Benchmark) -> bool:
+    """Whether a benchmark is the user's own rather than one of the table."""
+    return benchmark.name not in TABLE

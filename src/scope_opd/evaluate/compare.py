@@ -25,7 +25,7 @@ from scope_opd.errors import DataError
 from scope_opd.evaluate.intervals import FloatArray, holm, macro_interval, sign_flip_p_value
 from scope_opd.evaluate.metrics import figures, powers_of_two
 from scope_opd.evaluate.results import FORMAT, counts_of
-from scope_opd.evaluate.store import RESULTS, first_difference
+from scope_opd.evaluate.store import RESULTS, differences
 
 FORMAT_COMPARISON = "scope-comparison-1"
 _MATTERS = ("sampling", "verifier", "prompt", "columns")
@@ -92,6 +92,7 @@ def compare(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
         "base": base.label,
         "evaluations": {each.label: str(each.path) for each in evaluations},
         "warnings": [*warnings(evaluations, names), *(f"{name}: not in all of them, left out" for name in left)],
+        "partial": [name for name in names if any(_partial(each, name) for each in evaluations)],
         "benchmarks": compared,
     }
 
@@ -111,11 +112,17 @@ def warnings(evaluations: Sequence[Evaluation], names: Sequence[str]) -> list[st
             for key in ("max_tokens", "suffix"):
                 pairs += [(f"{name}: {key}", left.get(key), right.get(key))]
         for key, left, right in pairs:
-            if (found := first_difference(left, right, key)) is not None and not found[0].endswith(".seed"):
-                lines.append(
-                    f"{found[0]} differs: {_shown(found[1])} ({base.label}), {_shown(found[2])} ({other.label})"
-                )
+            lines += [
+                f"{place} differs: {_shown(one)} ({base.label}), {_shown(another)} ({other.label})"
+                for place, one, another in differences(left, right, key)
+                if not place.endswith(".seed")
+            ]
     return lines
+
+
+def _partial(evaluation: Evaluation, name: str) -> bool:
+    """Whether it has only the first problems of a benchmark."""
+    return bool(evaluation.results["benchmarks"][name]["data"].get("partial"))
 
 
 def _figure(values: Sequence[Sequence[FloatArray]], evaluations: Sequence[Evaluation]) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from typing import Any
 from scope_opd.data.dataset import double_braces, file_sha256
 from scope_opd.data.files import file_records
 from scope_opd.data.hub import is_hub, load_hub
-from scope_opd.data.rows import NAME_COLUMNS, Row, check_rows
+from scope_opd.data.rows import NAME_COLUMNS, Columns, Row, check_rows
 from scope_opd.errors import DataError
-from scope_opd.evaluate.benchmarks import TABLE, Benchmark, custom
+from scope_opd.evaluate.benchmarks import TABLE, Benchmark, custom, is_own
+from scope_opd.words import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,8 @@ class Loaded:
     Attributes:
         rows: those to evaluate.
         data: source, sha256 (of a file), revision (of a hub data set), content_sha256 (of ids, problems and gold
-            answers, however they are stored), rows, expected_rows, left_out (rows that cannot be judged), partial.
+            answers, however they are stored), rows, expected_rows, left_out (rows that cannot be judged), partial,
+            checked_copy (whether a file is the very copy that the table was checked with; None: not known).
         notes: what is worth knowing, a line each.
     """
 
@@ -64,8 +66,28 @@ def parse_benchmark(text: str) -> tuple[Benchmark, str | None]:
     )
 
 
+def parse_benchmarks(texts: Iterable[str]) -> list[tuple[Benchmark, str | None]]:
+    """Several, as ``parse_benchmark`` reads them.
+
+    Raises:
+        DataError: also for a name that comes twice.
+    """
+    parsed = [parse_benchmark(text) for text in texts]
+    seen: set[str] = set()
+    for benchmark, _ in parsed:
+        if benchmark.name in seen:
+            raise DataError(f"--benchmark names {benchmark.name} twice", "each once", "drop one, or rename it")
+        seen.add(benchmark.name)
+    return parsed
+
+
 def load_benchmark(
-    benchmark: Benchmark, place: str | None, *, problems: int | None = None, fix_double_braces: bool = False
+    benchmark: Benchmark,
+    place: str | None,
+    *,
+    problems: int | None = None,
+    fix_double_braces: bool = False,
+    columns: Columns | None = None,
 ) -> Loaded:
     """Read a benchmark.
 
@@ -74,6 +96,7 @@ def load_benchmark(
         place: a local file or a hub data set in place of the table's; None: the zoo's or the hub's.
         problems: take the first N rows only.
         fix_double_braces: mend ``\\boxed{{}}`` in prompts; without it their number is noted.
+        columns: what a set of the user's own calls problem, answer and id; the table's layouts are known.
 
     Raises:
         DataError: it cannot be read, a row cannot be used, or there are more or fewer rows than it has.
@@ -99,23 +122,35 @@ def load_benchmark(
         data = {"source": source, "sha256": None, "revision": table.revision}
     left_out: list[str] = []
     try:
-        rows = check_rows(_adapted(records, benchmark, left_out), source=source)
+        rows = check_rows(_adapted(records, benchmark, left_out), columns if is_own(benchmark) else None, source=source)
     except DataError as error:
         if error.remedy != NAME_COLUMNS:
             raise
-        raise DataError(error.found, error.expected, "rename yours: problem, answer and perhaps id") from None
+        remedy = "name yours with --map" if is_own(benchmark) else "rename yours: problem, answer and perhaps id"
+        raise DataError(error.found, error.expected, remedy) from None
     found = len(rows) + len(left_out)
     if expected and found not in expected:
         raise DataError(
-            f"{benchmark.name} from {source} has {found} rows",
+            f"{benchmark.name} from {source} has {counted(found, 'row')}",
             f"the {' or '.join(map(str, expected))} of the whole benchmark",
             "get the whole file; for a set of your own, give it another name (--benchmark MINE=PATH)",
         )
     taken, notes = double_braces(rows[:problems], source, fix=fix_double_braces, option="--fix-double-braces")
+    data["checked_copy"] = _is_checked_copy(benchmark, place, data["sha256"])
+    if data["checked_copy"] is False:
+        notes.append(
+            f"{benchmark.name}: {source} is not the copy that was checked (sha256 {str(data['sha256'])[:10]}, not "
+            f"{str(benchmark.sha256)[:10]}); its figures count as {benchmark.name} only if its problems are the same"
+        )
     partial = len(taken) < len(rows)
     data["content_sha256"] = content_sha256((row.id, row.problem, row.answer) for row in taken)
     data |= {"rows": found, "expected_rows": found if expected else None, "left_out": len(left_out), "partial": partial}
     return Loaded(benchmark, taken, data, notes)
+
+
+def _is_checked_copy(benchmark: Benchmark, place: str | None, sha256: str | None) -> bool | None:
+    """Whether a file's bytes are those that the table names; None where there is no file or the table names none."""
+    return None if place is None or sha256 is None or benchmark.sha256 is None else sha256 == benchmark.sha256
 
 
 def _adapted(

@@ -10,15 +10,16 @@ Not covered: rows that hold several predictions.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scope_opd.data.files import file_records, suffix_of
+from scope_opd.data.mapping import mapped_row
 from scope_opd.data.rows import check_text
-from scope_opd.errors import ConfigError, DataError
+from scope_opd.errors import DataError
 from scope_opd.evaluate.session import prompt_id
 from scope_opd.gold import answer_from_text, check_answer, is_code, parse_math_gold, parse_tolerance
 from scope_opd.types import Prompt, Rollout, SamplingParams
@@ -56,29 +57,12 @@ class StoredSampler:
                 yield rollout
 
 
-def parse_map(entries: Iterable[str]) -> dict[str, str]:
-    """``["answer=gold"]`` -> ``{"answer": "gold"}``: our name, the file's.
-
-    Raises:
-        ConfigError: something else, or a name that is not ours.
-    """
-    found: dict[str, str] = {}
-    for entry in entries:
-        ours, separator, theirs = entry.partition("=")
-        if not separator or not theirs or ours not in FIELDS:
-            raise ConfigError(f"--map {entry}", f"OURS=THEIRS with ours one of {', '.join(FIELDS)}", "mend it")
-        if ours in found:
-            raise ConfigError(f"--map names {ours} twice", "each once", "drop one")
-        found[ours] = theirs
-    return found
-
-
 def read_responses(path: str | Path, columns: Mapping[str, str], *, name: str) -> Responses:
     """Read and check the rows of a JSONL, JSON, csv or parquet file.
 
     Args:
         path: the file.
-        columns: names that differ, from ``parse_map``.
+        columns: names that differ, from ``data.mapping.parse_map``.
         name: of the benchmark that the results will call them.
 
     Raises:
@@ -95,14 +79,7 @@ def read_responses(path: str | Path, columns: Mapping[str, str], *, name: str) -
         if isinstance(row, DataError):
             raise row
         where = f"{source}, {place}"
-        values = {field: row.get(columns.get(field, field)) for field in FIELDS}
-        for field in ("prediction", "answer", *columns):
-            if columns.get(field, field) not in row:
-                raise DataError(
-                    f"{where}: no column {columns.get(field, field)!r}, found {', '.join(map(str, row))}",
-                    "it in every row",
-                    f"name it with --map {field}=COLUMN",
-                )
+        values = mapped_row(row, columns, FIELDS, where, needed=("prediction", "answer"))
         if is_csv:
             values = _from_csv(values)
         check_text([value for value in values.values() if isinstance(value, str | dict)], where)

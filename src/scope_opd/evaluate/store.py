@@ -16,7 +16,7 @@ not forced to the disk).
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import IO, Any
@@ -178,14 +178,18 @@ class SampleStore:
         )
 
 
-def first_difference(a: Any, b: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The first place at which two JSON values differ, as (dotted name, a's, b's); None where they are equal."""
+def differences(a: Any, b: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every place at which two JSON values differ, as (dotted name, a's, b's)."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(key for key in b if key not in a)]:
-            if (found := first_difference(a.get(key), b.get(key), f"{name}.{key}" if name else key)) is not None:
-                return found
-        return None
-    return None if a == b and type(a) is type(b) else (name, a, b)
+            yield from differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+    elif a != b or type(a) is not type(b):
+        yield name, a, b
+
+
+def first_difference(a: Any, b: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The first of ``differences``; None where two values are equal."""
+    return next(differences(a, b, name), None)
 
 
 def _key(row: Mapping[str, Any]) -> Key:

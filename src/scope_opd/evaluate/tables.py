@@ -11,6 +11,9 @@ from typing import Any
 SHOWN_KS = 8
 """Pass@k columns at most; all k stand in results.json."""
 TERMINAL_KS = 3
+NOT_THE_WHOLE = "not comparable with figures of the whole."
+MOSTLY = 0.5
+"""Share of truncated samples above which a note says so."""
 COMPARISON_LABELS = 3
 """Columns of a comparison that say what a row is: benchmark, figure, evaluation."""
 
@@ -101,12 +104,23 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         lines.append(
             "Samples a problem differ: Avg@n is the mean over problems, Pass@k goes up to the smallest number."
         )
+    lines += [
+        f"{name}: {percent(entry['metrics']['truncated'])} % of the samples ran into {_limit(results, name)}: "
+        "its figures measure that limit more than the model."
+        for name, entry in results["benchmarks"].items()
+        if (entry["metrics"]["truncated"] or 0.0) > MOSTLY
+    ]
     left = sum(entry["data"].get("left_out") or 0 for entry in entries)
     if left:
         lines.append(f"{left} problems were left out, because they cannot be judged by comparing outputs.")
     if any(entry["data"].get("partial") for entry in entries):
-        lines.append("Only the first problems of a benchmark were evaluated: not comparable with figures of the whole.")
+        lines.append(f"Only the first problems of a benchmark were evaluated: {NOT_THE_WHOLE}")
     return lines
+
+
+def _limit(results: Mapping[str, Any], name: str) -> str:
+    limit = ((results["settings"].get("benchmarks") or {}).get(name) or {}).get("max_tokens")
+    return "their token limit" if limit is None else f"--max-tokens {limit}"
 
 
 def shared_ks(metrics: Sequence[Mapping[str, Any]], most: int = SHOWN_KS) -> list[int]:
@@ -164,10 +178,17 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     if comparison["warnings"]:
         text += "\n" + "".join(f"- **Warning:** {line}\n" for line in comparison["warnings"])
     text += "\n" + markdown(*comparison_table(comparison), labels=COMPARISON_LABELS)
-    text += f"\nPer cent; differences from {comparison['base']} in points, 95 % intervals over problems. p: two-sided, "
-    text += "by flipping the signs of the problems' differences"
-    text += ", Holm-adjusted in brackets.\n" if len(comparison["evaluations"]) > 2 else ".\n"
-    return text + "\n![Pass@k](passk.png)\n"
+    return f"{text}\n{' '.join(comparison_notes(comparison))}\n\n![Pass@k](passk.png)\n"
+
+
+def comparison_notes(comparison: Mapping[str, Any]) -> list[str]:
+    """Lines that belong under a comparison's table."""
+    line = f"Per cent; differences from {comparison['base']} in points, 95 % intervals over problems; p two-sided, by "
+    line += "sign flips"
+    lines = [line + (", Holm-adjusted in brackets." if len(comparison["evaluations"]) > 2 else ".")]
+    if comparison["partial"]:
+        lines.append(f"Only the first problems of {', '.join(comparison['partial'])}: {NOT_THE_WHOLE}")
+    return lines
 
 
 def _points(difference: Mapping[str, Any]) -> str:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,51 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
-import scope_opd
 from scope_opd.errors import ModelError
+from scope_opd.models.places import check_device_name, resolve_path
 
-ZOO = "zoo:"
-_ZOO_MODELS = ("student", "teacher")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
-
-
-def resolve_path(path: str) -> str:
-    """The folder or hub id that a configured path stands for.
-
-    ``zoo:NAME`` is the shipped model's folder. A path that exists, starts with ``/``, ``.`` or ``~``, or has a
-    separator and an existing parent is a folder; anything else is a hub id.
-
-    Returns:
-        An existing folder's path, or the hub id unchanged.
-
-    Raises:
-        ModelError: an unknown zoo model, a folder that does not exist, a file.
-    """
-    if not path.strip():
-        raise ModelError("an empty model path", "a folder, a hub id, zoo:student or zoo:teacher", "set the path")
-    if path.startswith(ZOO):
-        name = path.removeprefix(ZOO)
-        if name not in _ZOO_MODELS:
-            raise ModelError(f"model path {path!r}", "zoo:student or zoo:teacher", "choose one of the two")
-        folder = Path(scope_opd.__file__).parent / "zoo" / "models" / name
-        if not folder.is_dir():
-            raise ModelError(f"{path}: no folder {folder}", "the shipped model", "run `scope zoo build`, or reinstall")
-        return str(folder)
-    folder = Path(path).expanduser()
-    if folder.is_file():
-        raise ModelError(f"model path {path!r} is a file", "a Hugging Face folder", "name the folder that holds it")
-    if folder.is_dir():
-        return str(folder)
-    looks_local = path.startswith(("/", ".", "~")) or (
-        ("/" in path or os.sep in path) and (path.count("/") > 1 or folder.parent.is_dir())
-    )
-    if looks_local:
-        raise ModelError(
-            f"model path {path!r}: no such folder", "a folder with config.json and weights", "check the path"
-        )
-    return path
 
 
 def load_model(
@@ -138,10 +97,9 @@ def resolve_device(name: str = "auto") -> torch.device:
     Raises:
         ModelError: another name, a device that is not there, or one that refuses a first allocation.
     """
+    check_device_name(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
-        raise ModelError(f"device {name!r}", "auto, cpu, cuda or cuda:N", "set train.device")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ModelError(

@@ -60,6 +60,25 @@ def refuse_other_data(folder: Path, data: Mapping[str, Mapping[str, Any]]) -> No
                 )
 
 
+def recorded_revisions(folder: Path, sources: Mapping[str, str | None]) -> dict[str, str]:
+    """The commits of the hub data sets that a run began with, so that a branch that moved since does not end it.
+
+    Args:
+        folder: the run folder.
+        sources: the data sets of the run that goes on, "train" and perhaps "eval", by what the config calls them.
+
+    Returns:
+        Commits by the same names, for the sources that run.json knows with one.
+    """
+    before = _object(folder / "run.json").get("data")
+    found = {}
+    for name, source in sources.items():
+        known = before.get(name) if isinstance(before, dict) else None
+        if isinstance(known, dict) and known.get("source") == source and isinstance(known.get("revision"), str):
+            found[name] = known["revision"]
+    return found
+
+
 def refuse_to_start_over(folder: Path, config: Config, damage: Sequence[str]) -> None:
     """Without a checkpoint only a run that was cut before its first one may start at the beginning again.
 

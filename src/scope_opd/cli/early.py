@@ -1,0 +1,58 @@
+"""What can be known of a command's input before torch is loaded, which takes seconds: paths, names, files.
+
+Every check is that of the code which later reads the thing. Not covered: what is in models and data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from scope_opd.config import Config
+from scope_opd.data.files import check_file
+from scope_opd.data.hub import is_hub, parse_hub
+from scope_opd.data.prompts import read_template
+from scope_opd.errors import ConfigError
+from scope_opd.models.places import check_device_name, resolve_path
+
+ZOO = "zoo"
+
+
+def check_early(config: Config, sources: Iterable[str | None]) -> None:
+    """Refuse a model, tokenizer, device, template or data source that cannot be there.
+
+    Args:
+        config: names all but the sources.
+        sources: files, hub data sets, the zoo; None is none.
+
+    Raises:
+        ScopeError: as reading it would.
+    """
+    resolve_path(config.model.path)
+    if config.model.tokenizer is not None:
+        resolve_path(config.model.tokenizer)
+    check_device_name(config.train.device)
+    read_template(config.chat)
+    for source in sources:
+        if source is None or source == ZOO:
+            continue
+        if is_hub(source):
+            parse_hub(source)
+        else:
+            check_file(Path(source).expanduser())
+
+
+def eval_source(config: Config) -> str | None:
+    """Where held-out problems come from; the zoo brings its own. None where the config wants no evaluation.
+
+    Raises:
+        ConfigError: an evaluation is asked for and there are no problems for it.
+    """
+    if not (config.eval.every or config.eval.at_start or config.eval.at_end):
+        return None
+    source = config.data.eval or (ZOO if config.data.train == ZOO else None)
+    if source is None:
+        raise ConfigError(
+            "[eval] asks for an evaluation and data.eval is not set", "a file of held-out problems", "set data.eval"
+        )
+    return source
