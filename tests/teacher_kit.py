@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fault_server import MODEL
+from scope_opd.addresses import parse_base_url
 from scope_opd.serving.pool import PoolSettings
 from scope_opd.serving.secrets import Secret
-from scope_opd.serving.urls import parse_base_url
 from scope_opd.teacher.ledger import Ledger
 from scope_opd.teacher.pool import PoolTeacher
 from scope_opd.teacher.servers import ClientSettings, RouteSettings, Servers

@@ -16,11 +16,11 @@ from typing import Any
 import httpx
 import pytest
 
+from scope_opd.addresses import check_variable_name, looks_like_a_key, parse_base_url
 from scope_opd.errors import ConfigError
 from scope_opd.serving import vllm
 from scope_opd.serving.faults import BadAnswer, retry_after_s
-from scope_opd.serving.secrets import BearerAuth, Secret, check_variable_name, load_secret, looks_like_a_key, redact
-from scope_opd.serving.urls import parse_base_url
+from scope_opd.serving.secrets import BearerAuth, Secret, load_secret, redact
 from scope_opd.types import SamplingParams
 
 KEY = "sk-abcdefgh-12345678"

@@ -369,7 +369,7 @@ def test_a_prefix_and_ipv6_reach_the_server(table: Table) -> None:
 def test_development_routes_are_refused_unless_allowed(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    from scope_opd.serving.urls import parse_base_url
+    from scope_opd.addresses import parse_base_url
 
     with FaultServer(table, development=True) as server:
         far = route(server.url)

@@ -153,7 +153,7 @@ def settings_and_data(config: Config, longest: list[int]) -> Iterator[Finding]:
             "add rows or lower it",
         )  # fmt: skip
     tokenizer = inputs.student_tokenizer(config)
-    limits = inputs.contexts(config, with_teacher)
+    limits = inputs.contexts(config, with_teacher and not config.teacher.served)
     prompts = inputs.render(config, rows, tokenizer, limits, max_tokens=config.rollout.max_tokens, warnings=warnings)
     yield from (Finding("data.train", "warn", line) for line in warnings)
     lengths = sorted(len(prompt.token_ids) for prompt in prompts)
@@ -189,10 +189,18 @@ def pair(config: Config, tokens: int) -> Iterator[Finding]:
     tokenizer = inputs.student_tokenizer(config)
     ends = end_token_ids(student, tokenizer, config.chat.stop_token_ids)
     shapes: dict[str, tuple[int, Any]] = {"student": (parameters, student.config.get_text_config())}
-    if with_teacher:
+    if with_teacher and config.teacher.served:
+        urls = [*config.teacher.base_urls]
+        urls += [url for route in config.teacher.routes.values() for url in route.base_urls]
+        yield Finding("teacher", "ok", f"behind {len(urls)} servers, not asked here: {', '.join(urls)}")
+        served = inputs.teacher_tokenizer(config)
+        yield checks.unknown_tokenizer() if served is None else checks.compare_tokenizers(tokenizer, served)
+        yield checks.compare_ends(ends, ends, tokenizer)
+    elif with_teacher:
         teacher, note = _described(config.teacher, lambda: engines.load_teacher(config, device))
         yield Finding("teacher", "ok", f"{config.teacher.path}: {_shape(teacher)}, {note}")
         theirs = inputs.teacher_tokenizer(config)
+        assert theirs is not None
         yield checks.compare_tokenizers(tokenizer, theirs)
         yield checks.compare_ends(ends, end_token_ids(teacher, theirs), tokenizer)
         shapes["teacher"] = (sum(p.numel() for p in teacher.parameters()), teacher.config.get_text_config())

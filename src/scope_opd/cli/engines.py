@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from scope_opd.cli import checks
+from scope_opd.cli import checks, servers
 from scope_opd.cli.inputs import (
     build_configured_method,
     build_verifier,
@@ -41,7 +41,7 @@ from scope_opd.pipeline import Pipeline
 from scope_opd.rollout.local import LocalSampler
 from scope_opd.teacher.local import LocalTeacher
 from scope_opd.train.engines import Engines, SurrogateSettings, TokenFunction
-from scope_opd.types import Prompt, Sampler, SamplingParams, Verifier
+from scope_opd.types import Prompt, Sampler, SamplingParams, Teacher, Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,6 +56,7 @@ class Built:
         method: the method.
         train_prompts, eval_prompts: rendered prompts; ``eval_prompts`` is empty where nothing is evaluated.
         verifier: what judges.
+        teacher: what scores, None where nothing does.
         warnings: lines worth showing before the run.
     """
 
@@ -64,12 +65,14 @@ class Built:
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
     verifier: Verifier
+    teacher: Teacher | None = None
     warnings: list[str] = field(default_factory=list)
 
     def close(self) -> None:
-        """End the verifier's processes, where it has any."""
-        if close := getattr(self.verifier, "close", None):
-            close()
+        """End the verifier's processes and the connections to servers, where there are any."""
+        for part in (self.verifier, self.teacher):
+            if close := getattr(part, "close", None):
+                close()
 
 
 def build_engines(config: Config) -> Built:
@@ -78,6 +81,13 @@ def build_engines(config: Config) -> Built:
     Raises:
         ScopeError: anything that is wrong with data, models or settings.
     """
+    with contextlib.ExitStack() as undo:  # what was opened is closed again if something is wrong
+        built = _build_engines(config, undo)
+        undo.pop_all()
+    return built
+
+
+def _build_engines(config: Config, undo: contextlib.ExitStack) -> Built:
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     device = resolve_device(config.train.device)
@@ -89,7 +99,14 @@ def build_engines(config: Config) -> Built:
     eval_rows = held_out_data.rows[: config.eval.problems] if held_out_data else []
     warnings = [*data.warnings, *(held_out_data.warnings if held_out_data else [])]
     tokenizer = student_tokenizer(config)
-    limits = contexts(config, with_teacher)
+    limits = contexts(config, with_teacher and not config.teacher.served)
+    served = None
+    if with_teacher and config.teacher.served:
+        scores = method.needs_teacher(True) or method.needs_teacher(False)
+        served = servers.open_servers(config, tokenizer, teacher_temperature(config) if scores else None)
+        undo.callback(served.close)
+        warnings += served.open()
+        limits["teacher"] = servers.context(served)
     train_prompts = render(
         config, data.rows, tokenizer, limits, max_tokens=config.rollout.max_tokens, warnings=warnings
     )
@@ -103,9 +120,13 @@ def build_engines(config: Config) -> Built:
         findings.append(checks.teacher_samples(config))
     if eval_prompts:
         findings.append(checks.overlap(train_prompts, eval_prompts))
-    if with_teacher:
-        theirs = teacher_tokenizer(config)
+    if served is not None:
+        servers.check_routes(config, train_prompts)
+    theirs = teacher_tokenizer(config) if with_teacher else None
+    if theirs is not None:
         findings.append(checks.compare_tokenizers(tokenizer, theirs))
+    elif with_teacher:
+        findings.append(checks.unknown_tokenizer())
     warnings += checks.enforce(findings)
     if held_out and len(eval_rows) < config.eval.problems:
         warnings.append(f"eval.problems = {config.eval.problems}: data.eval has {len(eval_rows)}, all are used")
@@ -126,9 +147,16 @@ def build_engines(config: Config) -> Built:
         seed=config.run.seed,
     )
     sampler: Sampler = LocalSampler(student, tokenizer, max_rows=config.rollout.max_rows, autocast=autocast)
-    scorer = None
+    scorer: Teacher | None = None
     common = None
-    if with_teacher:
+    if served is not None:
+        scorer = servers.pool_teacher(config, served)
+        if method.sampled_by == "teacher":
+            sampler = servers.server_sampler(config, served, tokenizer, _head_rows(student))
+            temperature = config.teacher.temperature or sampling.temperature
+            sampling = replace(sampling, temperature=temperature)
+    elif with_teacher:
+        assert theirs is not None
         if config.objective.distill == "full_kl":
             common = checks.common_vocabulary(tokenizer, theirs)
         teacher = load_teacher(config, device)
@@ -177,12 +205,12 @@ def build_engines(config: Config) -> Built:
         schedule=schedule,
         sampling=sampling,
         surrogate=surrogate_settings(config, method, sampling, common),
-        teacher_head=scorer if config.objective.distill == "full_kl" else None,
+        teacher_head=scorer if isinstance(scorer, LocalTeacher) and config.objective.distill == "full_kl" else None,
         reference=frozen_reference(config, student, autocast) if config.objective.reference_kl > 0 else None,
         evaluator=evaluator,
         weights_use_tau=paths_weighted_by_perplexity(method),
     )
-    return Built(engines, method, train_prompts, eval_prompts, verifier, warnings)
+    return Built(engines, method, train_prompts, eval_prompts, verifier, scorer, warnings)
 
 
 def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:

@@ -23,11 +23,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
+from scope_opd.addresses import BaseUrl
 from scope_opd.errors import ScopeError
 from scope_opd.serving.faults import RETRIED_STATUS, Fault, Refused, RowRefused, Unanswered, retry_after_s
 from scope_opd.serving.http import HttpClient, monotonic
 from scope_opd.serving.secrets import Secret, redact
-from scope_opd.serving.urls import BaseUrl
 from scope_opd.serving.vllm import error_message
 
 Answer = TypeVar("Answer")

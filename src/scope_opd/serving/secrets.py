@@ -8,7 +8,6 @@ or a ledger. Not covered: keys other than bearer tokens, keys that change while 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Generator, Iterable
 from pathlib import Path
 
@@ -17,9 +16,6 @@ import httpx
 from scope_opd.errors import ConfigError
 
 HIDDEN = "***"
-# A variable's name: what stands there instead is taken for the key itself, and is not repeated in the error.
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
-_LOOKS_LIKE_A_KEY = re.compile(r"(?i)^(sk|hf|key|pk|api|token|bearer)[-_ ][A-Za-z0-9_\- ]{8,}$|^[A-Fa-f0-9]{24,}$")
 
 
 class Secret:
@@ -54,25 +50,6 @@ class BearerAuth(httpx.Auth):
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         request.headers["Authorization"] = f"Bearer {self._key.reveal()}"
         yield request
-
-
-def looks_like_a_key(text: str) -> bool:
-    """Whether a text that should be a name or a path looks like a key instead."""
-    return bool(_LOOKS_LIKE_A_KEY.match(text.strip()))
-
-
-def check_variable_name(text: str, setting: str) -> str:
-    """The name of an environment variable.
-
-    Raises:
-        ValueError: it is none. The text is not repeated: it may be the key itself.
-    """
-    if not _NAME.fullmatch(text) or looks_like_a_key(text):
-        raise ValueError(
-            f"{setting} is not the name of an environment variable; expected a name such as TEACHER_API_KEY; put the "
-            "key into that variable, never into a config"
-        )
-    return text
 
 
 def load_secret(*, env: str | None, file: str | None, setting: str) -> Secret | None:

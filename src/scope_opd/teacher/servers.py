@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+from scope_opd.addresses import BaseUrl
 from scope_opd.errors import ConfigError, RunFailed, ScopeError
 from scope_opd.serving.faults import BadAnswer, Fault, Refused, RowRefused
 from scope_opd.serving.http import HttpClient, LoopThread, monotonic
 from scope_opd.serving.pool import Endpoint, Names, Pool, PoolSettings, Reply
 from scope_opd.serving.secrets import Secret
-from scope_opd.serving.urls import BaseUrl
 from scope_opd.serving.vllm import Scored, ScoreRequest, parse_models, parse_score, score_body, token_hash
 from scope_opd.teacher.ledger import Ledger
 
@@ -123,7 +123,7 @@ class Route:
         self.down = []
         for endpoint in self.pool.endpoints:  # one after another: the first gives the reference
             try:
-                await _patiently(partial(self._meet, endpoint, allow_unprotected), patience_s)
+                await patiently(partial(self._meet, endpoint, allow_unprotected), patience_s)
             except Fault as fault:
                 self.pool.take_down(endpoint)
                 self.down.append(f"{endpoint.url}: {fault.message}")
@@ -275,7 +275,7 @@ class Servers:
         self.ledger.close()
 
 
-async def _patiently(attempt: Callable[[], Awaitable[Answer]], patience_s: float) -> Answer:
+async def patiently(attempt: Callable[[], Awaitable[Answer]], patience_s: float) -> Answer:
     """Try again for a while; a server that answers nonsense gets fewer chances than one that is busy."""
     end, nonsense, wait_s = monotonic() + patience_s, 0, 0.1
     while True:

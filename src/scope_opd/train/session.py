@@ -125,7 +125,7 @@ class Session:
                 "method": config.objective.method,
                 "seed": config.run.seed,
                 "model": config.model.path,
-                "teacher": config.teacher.path,
+                "teacher": config.teacher.shown,
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
                 "device": str(self.learner.device),

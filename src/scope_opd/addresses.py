@@ -1,15 +1,19 @@
-"""Addresses of servers, as a user gives them: names, IPv4, IPv6, https, path prefixes.
+"""What a config may say of a server: its address (name, IPv4, IPv6, https, path prefix) and where its key is kept.
 
-Not covered: whether anybody answers there (``pool``).
+Not covered: whether anybody answers there, and reading the key (``serving``).
 """
 
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 _EXPECTED = "an address such as http://host:8000/v1"
+# A variable's name: what stands there instead is taken for the key itself, and is not repeated in the error.
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_LOOKS_LIKE_A_KEY = re.compile(r"(?i)^(sk|hf|key|pk|api|token|bearer)[-_ ][A-Za-z0-9_\- ]{8,}$|^[A-Fa-f0-9]{24,}$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,25 @@ def parse_base_url(text: str) -> BaseUrl:
     origin = f"{parts.scheme}://{shown_host}"
     loopback = address.is_loopback if address is not None else shown_host in ("localhost", "localhost.localdomain")
     return BaseUrl(text=origin + path, root=origin + path.removesuffix("/v1"), loopback=loopback)
+
+
+def looks_like_a_key(text: str) -> bool:
+    """Whether a text that should be a name or a path looks like a key instead."""
+    return bool(_LOOKS_LIKE_A_KEY.match(text.strip()))
+
+
+def check_variable_name(text: str, setting: str) -> str:
+    """The name of an environment variable.
+
+    Raises:
+        ValueError: it is none. The text is not repeated: it may be the key itself.
+    """
+    if not _NAME.fullmatch(text) or looks_like_a_key(text):
+        raise ValueError(
+            f"{setting} is not the name of an environment variable; expected a name such as TEACHER_API_KEY; put the "
+            "key into that variable, never into a config"
+        )
+    return text
 
 
 def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
