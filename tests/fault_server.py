@@ -102,6 +102,7 @@ class FaultServer:
         self.paths: Counter[str] = Counter()
         self.in_flight = self.most_in_flight = 0
         self.delay_s = 0.0
+        self.context = CONTEXT
         self._loop = asyncio.new_event_loop()
         self._connections: set[asyncio.StreamWriter] = set()
         self._random = random.Random(7)
@@ -186,15 +187,15 @@ class FaultServer:
             # Some servers repeat what they were given.
             return await self._send(writer, 401, {"error": f"Unauthorized: {headers.get('authorization')}"})
         if path.endswith("/models"):
-            row = {"id": self.model, "object": "model", "max_model_len": CONTEXT}
+            row = {"id": self.model, "object": "model", "max_model_len": self.context}
             return await self._send(writer, 200, {"object": "list", "data": [row]})
         assert method == "POST", "completions are posted"
         request = json.loads(body)
         if request["model"] != self.model:
             return await self._error(writer, 404, f"The model `{request['model']}` does not exist.")
         ids = request["prompt"]
-        if len(ids) + 1 > CONTEXT:
-            return await self._error(writer, 400, f"This model's maximum context length is {CONTEXT} tokens.")
+        if len(ids) + 1 > self.context:
+            return await self._error(writer, 400, f"This model's maximum context length is {self.context} tokens.")
         if max(ids) >= VOCABULARY:
             return await self._error(writer, 400, f"Token id {max(ids)} is out of vocabulary")
         self.seen[tuple(ids)] += 1
