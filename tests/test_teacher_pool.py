@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -395,3 +398,46 @@ def test_every_sampling_parameter_is_explicit(table: Table) -> None:
     )  # fmt: skip
     assert body["return_token_ids"] is True
     assert body["prompt_logprobs"] == 0
+
+
+def test_a_program_that_forgets_to_close_ends_all_the_same(table: Table) -> None:
+    program = """
+import asyncio, sys
+from fault_server import made_rollouts
+from scope_opd.teacher.pool import PoolTeacher
+from scope_opd.teacher.servers import ClientSettings, Servers
+from scope_opd.serving.pool import PoolSettings
+from teacher_kit import FINGERPRINT, route
+servers = Servers({"": route(sys.argv[1])}, FINGERPRINT, client=ClientSettings(), pool=PoolSettings())
+servers.open()
+print(len(asyncio.run(PoolTeacher(servers).score(made_rollouts(3)))))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with FaultServer(table) as server:
+        command = [
+            sys.executable,
+            "-X",
+            "dev",
+            "-W",
+            "error",
+            "-W",
+            "ignore::DeprecationWarning",
+            "-c",
+            program,
+            server.url,
+        ]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr.strip()) == (0, "3", "")
+
+
+def test_a_server_that_hangs_at_the_end_of_a_step_is_not_waited_for_again_and_again(table: Table) -> None:
+    async def step() -> float:
+        await teacher.begin_step([], 0)
+        await teacher.score(made_rollouts(2))
+        server.delay_s = 30.0
+        began = time.monotonic()
+        await teacher.end_step()
+        return time.monotonic() - began
+
+    with FaultServer(table) as server, teacher_of(server.url, client={"read_timeout_s": 0.5}) as teacher:
+        assert asyncio.run(step()) < 1.5

@@ -40,7 +40,6 @@ class LoopThread:
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
         self._closed = False
-        atexit.register(self.close)
 
     @property
     def closed(self) -> bool:
@@ -69,7 +68,6 @@ class LoopThread:
         if self._closed:
             return
         self._closed = True
-        atexit.unregister(self.close)
 
         async def end() -> None:
             others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
@@ -132,6 +130,7 @@ class HttpClient:
         )
         self._opened: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
         self._parsers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scope-parse")
+        atexit.register(self.close)
 
     async def ask(
         self, method: str, url: str, *, key: Secret | None, body: dict[str, Any] | None = None, max_bytes: int
@@ -176,6 +175,7 @@ class HttpClient:
         return await asyncio.get_running_loop().run_in_executor(self._parsers, parser, body)
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         self.thread.close(self._client.aclose)
         self._parsers.shutdown(wait=True, cancel_futures=True)
 

@@ -84,6 +84,7 @@ class Endpoint:
     quiet_until: float = 0.0
     broke_at: float = -math.inf
     checking: bool = False
+    timed_out: bool = False
     verified_at: float = -math.inf
     answered: int = 0
 
@@ -232,6 +233,8 @@ class Pool:
         failed: Counter[int] = Counter()
         while self.fatal is None:
             unproven = [e for e in unproven if e.verified_at < now and failed[id(e)] < self.settings.min_tries]
+            # Whoever did not answer in all of a read timeout is not waited for again.
+            unproven = [e for e in unproven if not (failed[id(e)] and e.timed_out)]
             for endpoint in unproven:
                 if not endpoint.checking:
                     failed[id(endpoint)] += 1
@@ -324,10 +327,11 @@ class Pool:
         task.add_done_callback(self._probes.discard)
 
     async def _check(self, endpoint: Endpoint) -> None:
-        began = monotonic()
+        began, endpoint.timed_out = monotonic(), False
         try:
             await self._probe(endpoint)
         except Fault as fault:
+            endpoint.timed_out = fault.kind == "timeout"
             if endpoint.state == "probing" or fault.broke_connection:
                 self.take_down(endpoint)
             else:
