@@ -103,6 +103,7 @@ class FaultServer:
         self.in_flight = self.most_in_flight = 0
         self.delay_s = 0.0
         self.context = CONTEXT
+        self.redirect: str | None = None
         self._loop = asyncio.new_event_loop()
         self._connections: set[asyncio.StreamWriter] = set()
         self._random = random.Random(7)
@@ -186,6 +187,8 @@ class FaultServer:
         if self.key is not None and headers.get("authorization") != f"Bearer {self.key}":
             # Some servers repeat what they were given.
             return await self._send(writer, 401, {"error": f"Unauthorized: {headers.get('authorization')}"})
+        if self.redirect is not None:
+            return await self._send(writer, 302, {}, {"Location": self.redirect})
         if path.endswith("/models"):
             row = {"id": self.model, "object": "model", "max_model_len": self.context}
             return await self._send(writer, 200, {"object": "list", "data": [row]})

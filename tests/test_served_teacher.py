@@ -143,6 +143,7 @@ def test_each_prompt_is_scored_by_the_teacher_of_its_route(pair: Path, table: Ta
             f'teacher.routes.b={{base_urls = "{right.url}", model = "two"}}',
         )  # fmt: skip
         run(config)
+    assert load_config(tmp_path / "run" / "config.toml") == config
     rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
     scored = [row for row in rows if row["teacher_logprobs"] is not None]
     assert {int(row["group"][1:]) % 2 for row in scored} == {0, 1}
@@ -263,3 +264,18 @@ def test_no_secret_is_in_anything_that_a_run_leaves(
     texts += [captured.out, captured.err, caplog.text, shown, repr(chained), repr(config), str(config.model_dump())]
     assert not any(KEY in text for text in texts)
     assert "TEACHER_KEY" in (tmp_path / "run" / "config.toml").read_text()
+
+
+def test_the_doctor_knows_a_served_teacher(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        f"model.path={pair / 'student'}", f"data.train={pair / 'rows.jsonl'}", "rollout.max_tokens=6",
+        "rollout.temperature=1.0", "train.prompts_per_step=2", f"run.dir={tmp_path / 'run'}",
+        *served("http://127.0.0.1:9/v1"),
+    ]  # fmt: skip
+    command = ["doctor", *(word for option in options for word in ("--set", option))]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert "behind servers" in told
+    assert "teacher.tokenizer" in told
+    assert main([*command, "--set", f"teacher.tokenizer={pair / 'teacher'}", "--set", "rollout.temperature=0.5"]) == 1
+    assert "served_temperature" in capsys.readouterr().out

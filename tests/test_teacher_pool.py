@@ -16,7 +16,7 @@ import pytest
 from fault_server import FAULTS, HARMLESS, FaultServer, Table, at_random, made_rollouts, servers
 from scope_opd.errors import ConfigError, RunFailed
 from scope_opd.types import Prompt, Rollout, StepTeacher, Teacher, TeacherScore
-from teacher_kit import route, teacher_of
+from teacher_kit import FINGERPRINT, route, teacher_of
 from tiny import tiny_model
 
 
@@ -120,6 +120,40 @@ def test_random_faults_of_two_servers_change_no_score(table: Table) -> None:
     assert len(injected) == len(kinds)
     assert wrong(scores, rollouts, table) == 0
     assert sum(score.logprobs is None for score in scores) == 0
+
+
+def test_a_burst_of_errors_opens_the_circuit_and_one_probe_at_a_time_closes_it(table: Table) -> None:
+    asked: list[str | None] = []
+
+    def burst() -> str | None:
+        asked.append("500" if 1 <= len(asked) < 60 else None)
+        return asked[-1]
+
+    rollouts = made_rollouts(20, seed=8)
+    pool = {"max_concurrency": 20, "down_s": 0.01, "down_max_s": 0.02}
+    with FaultServer(table, burst) as server, teacher_of(server.url, pool=pool) as teacher:
+        scores = asyncio.run(teacher.score(rollouts))
+        failed = [tuple(body["prompt"]) for body in server.bodies[1:60]]
+    assert wrong(scores, rollouts, table) == 0
+    assert all(score.logprobs is not None for score in scores)
+    # All twenty may be under way, and four of them for a second time, when the fifth failure opens the circuit; from
+    # then on nothing but fingerprints is sent.
+    assert set(failed[24:]) == {FINGERPRINT}
+
+
+def test_proxies_of_the_environment_are_not_used(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with FaultServer(table) as server, teacher_of(server.url) as teacher:
+        assert wrong(asyncio.run(teacher.score(made_rollouts(2))), made_rollouts(2), table) == 0
+
+
+def test_a_redirect_is_refused_and_not_followed(table: Table) -> None:
+    with FaultServer(table, key="k" * 20) as server:
+        server.redirect = "http://127.0.0.1:9/v1/models"
+        with pytest.raises(ConfigError, match=r"answers 302.*no redirect.*teacher.base_urls"):
+            with teacher_of(server.url, key="k" * 20):
+                pass
 
 
 def test_a_failed_try_goes_to_the_other_server(table: Table) -> None:

@@ -72,6 +72,7 @@ class VllmServer:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._log.close()
         end = time.monotonic() + 30
         while time.monotonic() < end:
             with socket.socket() as probe:

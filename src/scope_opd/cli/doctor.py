@@ -176,11 +176,12 @@ def settings_and_data(config: Config, longest: list[int]) -> Iterator[Finding]:
 
 def pair(config: Config, tokens: int) -> Iterator[Finding]:
     """Student and teacher: folders, tokenizers, end tokens, memory for sequences of ``tokens``."""
-    from scope_opd.cli import checks, engines, inputs
+    from scope_opd.cli import checks, engines, inputs, servers
     from scope_opd.cli.checks import Finding, free_memory, gigabytes
     from scope_opd.models.loading import end_token_ids, resolve_device
 
-    with_teacher = inputs.needs_teacher(config, inputs.build_configured_method(config))
+    method = inputs.build_configured_method(config)
+    with_teacher = inputs.needs_teacher(config, method)
     device = resolve_device(config.train.device)
     student, note = _described(config.model, lambda: engines.load_student(config, device))
     parameters = sum(parameter.numel() for parameter in student.parameters())
@@ -192,7 +193,9 @@ def pair(config: Config, tokens: int) -> Iterator[Finding]:
     if with_teacher and config.teacher.served:
         urls = [*config.teacher.base_urls]
         urls += [url for route in config.teacher.routes.values() for url in route.base_urls]
-        yield Finding("teacher", "ok", f"behind {len(urls)} servers, not asked here: {', '.join(urls)}")
+        yield Finding("teacher", "ok", f"behind servers, which are not asked here: {', '.join(urls)}")
+        if method.needs_teacher(True) or method.needs_teacher(False):
+            servers.check_temperature(config, engines.teacher_temperature(config))
         served = inputs.teacher_tokenizer(config)
         yield checks.unknown_tokenizer() if served is None else checks.compare_tokenizers(tokenizer, served)
         yield checks.compare_ends(ends, ends, tokenizer)

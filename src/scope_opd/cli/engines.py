@@ -102,8 +102,9 @@ def _build_engines(config: Config, undo: contextlib.ExitStack) -> Built:
     limits = contexts(config, with_teacher and not config.teacher.served)
     served = None
     if with_teacher and config.teacher.served:
-        scores = method.needs_teacher(True) or method.needs_teacher(False)
-        served = servers.open_servers(config, tokenizer, teacher_temperature(config) if scores else None)
+        if method.needs_teacher(True) or method.needs_teacher(False):
+            servers.check_temperature(config, teacher_temperature(config))
+        served = servers.open_servers(config, tokenizer)
         undo.callback(served.close)
         warnings += served.open()
         limits["teacher"] = servers.context(served)

@@ -28,31 +28,42 @@ FIXED_TEXT = "Let x be a number with 3 x + 12 = 48. So 3 x = 36 and x = 12. Chec
 """What fingerprints are taken of, in the student's tokens."""
 
 
-def open_servers(config: Config, tokenizer: PreTrainedTokenizerBase, temperature: float | None) -> Servers:
-    """Meet the servers of ``[teacher]``: keys, names, fingerprints. The caller closes them.
+def check_temperature(config: Config, temperature: float) -> None:
+    """Servers give log-probs at one temperature, that of the copy they serve.
+
+    Args:
+        config: with ``teacher.served``.
+        temperature: what the objective divides the teacher's logits by.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    served = config.teacher.served_temperature
+    if served != temperature:
+        raise ConfigError(
+            f"objective.temperature = {config.objective.temperature!r} needs teacher log-probs at temperature "
+            f"{temperature:g}, and the servers give them at teacher.served_temperature = {served:g}",
+            "the same",
+            f"serve a copy of the teacher whose logits are divided by {temperature:g} and set "
+            f"teacher.served_temperature = {temperature:g}, sample at rollout.temperature = {served:g}, or take the "
+            "teacher as it is (objective.temperature = 'released')",
+        )
+
+
+def open_servers(config: Config, tokenizer: PreTrainedTokenizerBase) -> Servers:
+    """A client for the servers of ``[teacher]``, which has met none of them yet. The caller closes it.
 
     Args:
         config: with ``teacher.served``.
         tokenizer: the student's.
-        temperature: what the objective divides the teacher's logits by; None where it does not score.
 
     Raises:
-        ConfigError: a setting is wrong, or no server answers.
+        ConfigError: a key or the certificates cannot be read.
         RunFailed: the run folder's ledger cannot be read.
     """
     teacher = config.teacher
-    if temperature is not None and teacher.served_temperature != temperature:
-        convention = config.objective.temperature
-        raise ConfigError(
-            f"objective.temperature = {convention!r} needs teacher log-probs at temperature {temperature:g}, and the "
-            f"servers give them at teacher.served_temperature = {teacher.served_temperature:g}",
-            "the same",
-            f"serve a copy of the teacher whose logits are divided by {temperature:g} and set "
-            f"teacher.served_temperature = {temperature:g}, sample at rollout.temperature = "
-            f"{teacher.served_temperature:g}, or take the teacher as it is (objective.temperature = 'released')",
-        )
     ledger = Path(config.run.dir) / "teacher.jsonl"
-    servers = Servers(
+    return Servers(
         {name: _route(teacher.model, name, table) for name, table in _tables(config).items()},
         fixed_tokens(tokenizer),
         client=ClientSettings(
@@ -66,7 +77,6 @@ def open_servers(config: Config, tokenizer: PreTrainedTokenizerBase, temperature
         ledger=Ledger(ledger),
         references=first_fingerprints(ledger),
     )
-    return servers
 
 
 def fixed_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -159,11 +159,11 @@ def error_message(body: bytes) -> str:
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
-        return body[:2000].decode("utf-8", errors="replace")
+        return body.decode("utf-8", errors="replace")  # uncut: half a key would not be recognised as one
     for key in ("error", "message", "detail"):
         if isinstance(value, dict) and value.get(key):
             value = value[key]
-    return value if isinstance(value, str) else json.dumps(value)[:2000]
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _plain(model: str, token_ids: Sequence[int]) -> dict[str, Any]:
