@@ -10,6 +10,7 @@ import asyncio
 import json
 import random
 import socket
+import ssl
 import struct
 import threading
 from collections import Counter
@@ -93,6 +94,7 @@ class FaultServer:
         host: str = "127.0.0.1",
         prefix: str = "",
         model: str = MODEL,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.table, self.plan, self.key, self.development, self.model = table, plan, key, development, model
         self.host, self.port, self.prefix = host, port, prefix
@@ -101,6 +103,7 @@ class FaultServer:
         self.bodies: list[dict[str, Any]] = []
         self.paths: Counter[str] = Counter()
         self.in_flight = self.most_in_flight = 0
+        self.tls = tls
         self.delay_s = 0.0
         self.context = CONTEXT
         self.redirect: str | None = None
@@ -111,13 +114,13 @@ class FaultServer:
     @property
     def url(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}{self.prefix}/v1"
+        return f"{'http' if self.tls is None else 'https'}://{host}:{self.port}{self.prefix}/v1"
 
     def __enter__(self) -> FaultServer:
         ready = threading.Event()
 
         async def serve() -> None:
-            self._server = await asyncio.start_server(self._client, self.host, self.port)
+            self._server = await asyncio.start_server(self._client, self.host, self.port, ssl=self.tls)
             self.port = self._server.sockets[0].getsockname()[1]
             ready.set()
 

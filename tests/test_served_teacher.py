@@ -125,6 +125,27 @@ def test_dead_servers_stop_the_run_and_it_resumes_as_if_nothing_had_happened(
     assert nearly(rows, in_process)
 
 
+def test_a_server_that_dies_is_told_of_once_and_changes_nothing(
+    pair: Path, table: Table, in_process: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    left, right = FaultServer(table), FaultServer(table)
+    with servers(left, right):
+        config = configured(pair, tmp_path / "run", *served(left.url, right.url))
+        built = build_engines(config)
+        right.kill()
+        try:
+            train(config, built.engines, progress=False)
+        finally:
+            built.close()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert nearly(rows, in_process)
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    told = [event["message"] for event in events if event["kind"] == "warning"]
+    assert len(told) == 1
+    assert right.url in told[0]
+    assert "is down" in told[0]
+
+
 def test_another_teacher_under_the_same_name_stops_a_resumed_run(pair: Path, table: Table, tmp_path: Path) -> None:
     with FaultServer(table) as server:
         run(configured(pair, tmp_path / "run", *served(server.url), "train.steps=1"))

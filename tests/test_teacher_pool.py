@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import ssl
 import subprocess
 import sys
 import threading
@@ -401,6 +402,29 @@ def test_a_wrong_key_is_one_line_without_the_key(key: str | None, table: Table) 
 def test_a_prefix_and_ipv6_reach_the_server(table: Table) -> None:
     with FaultServer(table, host="::1", prefix="/pool/a") as server, teacher_of(server.url) as teacher:
         assert wrong(asyncio.run(teacher.score(made_rollouts(2))), made_rollouts(2), table) == 0
+
+
+def test_https_needs_a_certificate_that_the_bundle_vouches_for(table: Table, tmp_path: Path) -> None:
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate, key)
+    with FaultServer(table, tls=tls) as server:
+        assert server.url.startswith("https://")
+        with teacher_of(server.url, client={"ca_bundle": certificate}) as teacher:
+            rollouts = made_rollouts(5)
+            assert wrong(asyncio.run(teacher.score(rollouts)), rollouts, table) == 0
+        with pytest.raises(ConfigError, match=r"no server.*CERTIFICATE_VERIFY_FAILED"):
+            with teacher_of(server.url, client={"start_s": 0.2}):
+                pass
+    (tmp_path / "empty.pem").write_text("")
+    empty = {"ca_bundle": str(tmp_path / "empty.pem")}
+    with pytest.raises(ConfigError, match=r"teacher\.ca_bundle"), teacher_of(server.url, client=empty):
+        pass
 
 
 def test_development_routes_are_refused_unless_allowed(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:

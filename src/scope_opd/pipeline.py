@@ -28,6 +28,7 @@ class StageStats:
     """What a step's stream cost and met. Seconds are wall time in which the stage was at work.
 
     ``generation_s`` ends with the last rollout; ``verify_s`` sums the verdicts; ``teacher_s`` sums the scoring calls.
+    ``notes``: lines for the user.
     """
 
     generation_s: float = 0.0
@@ -39,6 +40,7 @@ class StageStats:
     floored_tokens: int = 0
     unscored: int = 0
     teacher_retries: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -215,7 +217,7 @@ class Pipeline:
             for rollout in state.waiting:
                 self._join(state, rollout)
         if isinstance(self.teacher, StepTeacher):
-            await self.teacher.end_step()
+            state.stats.notes += await self.teacher.end_step()
         short = [name for name in state.prompts if len(state.members.get(name, [])) != params.n]
         if short:
             found = f"prompt {short[0]!r} has {len(state.members.get(short[0], []))} rollouts"

@@ -185,6 +185,6 @@ class StepTeacher(Teacher, Protocol):
         """Before the first rollout of a step."""
         ...
 
-    async def end_step(self) -> None:
-        """After the last score of a step; what it raises keeps the step from changing anything."""
+    async def end_step(self) -> list[str]:
+        """After the last score of a step; returns lines for the user. If it raises, the step is not taken."""
         ...

@@ -85,6 +85,7 @@ class Endpoint:
     broke_at: float = -math.inf
     checking: bool = False
     timed_out: bool = False
+    last_error: str = ""
     verified_at: float = -math.inf
     answered: int = 0
 
@@ -294,6 +295,7 @@ class Pool:
 
     def _failed(self, endpoint: Endpoint, fault: Fault, began: float) -> None:
         now = monotonic()
+        endpoint.last_error = fault.message
         if fault.retry_after_s is not None:
             endpoint.quiet_until = max(endpoint.quiet_until, now + fault.retry_after_s)
             return
@@ -331,7 +333,7 @@ class Pool:
         try:
             await self._probe(endpoint)
         except Fault as fault:
-            endpoint.timed_out = fault.kind == "timeout"
+            endpoint.timed_out, endpoint.last_error = fault.kind == "timeout", fault.message
             if endpoint.state == "probing" or fault.broke_connection:
                 self.take_down(endpoint)
             else:

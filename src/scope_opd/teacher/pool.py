@@ -68,6 +68,7 @@ class PoolTeacher:
         self._step: int | None = None
         self._requests = self._unscored = 0
         self._last_error = ""
+        self._told_down: set[str] = set()
 
     async def begin_step(self, prompts: Sequence[Prompt], step: int) -> None:
         """A step begins: learn its prompts' routes, and have every server prove itself before it is used."""
@@ -77,8 +78,11 @@ class PoolTeacher:
             self._routes = {prompt.id: self._route_of(prompt) for prompt in prompts}
         await self._probe(wait=False)
 
-    async def end_step(self) -> None:
+    async def end_step(self) -> list[str]:
         """A step's rollouts are all scored: have the servers prove themselves again, and count what is missing.
+
+        Returns:
+            A line for each server that went down, or came back, since it was last asked.
 
         Raises:
             RunFailed: a server serves another model than at the start, or too much is unscored.
@@ -91,6 +95,7 @@ class PoolTeacher:
                 f"at most {self.max_unscored:.3g} of them (teacher.max_unscored)",
                 "the step was not taken: see to the servers, then continue with --resume",
             )
+        return self._changes()
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
         """Log-probs of every response token at temperature 1 of the served model, floored; one score a rollout.
@@ -165,6 +170,19 @@ class PoolTeacher:
             return TeacherScore(None, tries=outcome.tries)
         floored = sum(value < self.log_prob_floor for value in outcome.logprobs)
         return TeacherScore([max(value, self.log_prob_floor) for value in outcome.logprobs], floored, outcome.tries)
+
+    def _changes(self) -> list[str]:
+        endpoints = [endpoint for route in self.servers.routes.values() for endpoint in route.pool.endpoints]
+        lines = []
+        for endpoint in endpoints:
+            url, is_up = str(endpoint.url), endpoint.state == "up"
+            if not is_up and url not in self._told_down:
+                lines.append(f"teacher server {url} is down ({endpoint.last_error}); the others go on")
+                self._told_down.add(url)
+            elif is_up and url in self._told_down:
+                lines.append(f"teacher server {url} is back")
+                self._told_down.discard(url)
+        return lines
 
     async def _probe(self, *, wait: bool) -> None:
         async def probe() -> None:

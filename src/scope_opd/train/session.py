@@ -239,6 +239,8 @@ class Session:
             else f"the loss of rollout {culprit!r} is not finite",
         )  # fmt: skip
         self._folder.append("rollouts", dumped)
+        for line in collected.stats.notes:
+            self._say("warning", line)
         for alarm in rings:
             more = {"rollout": culprit} if alarm.name == "nan" else {}
             self._say("alarm", alarm.message, name=alarm.name, action=alarm.action, **more)
