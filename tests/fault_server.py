@@ -215,7 +215,7 @@ class FaultServer:
         if fault in ("429", "429_later"):
             return await self._error(writer, 429, "too many", {"Retry-After": "0" if fault == "429" else "1"})
         if fault in ("500", "503", "408"):
-            return await self._error(writer, int(fault), "EngineCore encountered an issue.")
+            return await self._error(writer, int(fault), f"EngineCore encountered an issue with {self.key}.")
         if fault == "reset_at_once":
             self._reset(writer)
             return False
@@ -289,6 +289,8 @@ class FaultServer:
             "index": 0, "text": "x", "finish_reason": "length", "token_ids": [7],
             "prompt_token_ids": ids, "prompt_logprobs": rows,
         }  # fmt: skip
+        if fault == "key":  # in a place that errors quote
+            rows[place][token]["logprob"] = f"Bearer {self.key}"
         if fault == "no_echo":
             del choice["prompt_token_ids"]
         if fault == "no_rows":

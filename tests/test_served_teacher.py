@@ -265,7 +265,7 @@ def test_no_secret_is_in_anything_that_a_run_leaves(
 ) -> None:
     caplog.set_level("DEBUG")
     monkeypatch.setenv("TEACHER_KEY", KEY)
-    with FaultServer(table, at_random(0.2, ["500", "reset_mid_body", "nan"]), key=KEY) as server:
+    with FaultServer(table, at_random(0.2, ["500", "reset_mid_body", "nan", "key"]), key=KEY) as server:
         options = [*served(server.url), "teacher.api_key_env=TEACHER_KEY"]
         config = configured(pair, tmp_path / "run", *options)
         run(config)

@@ -399,6 +399,22 @@ def test_a_wrong_key_is_one_line_without_the_key(key: str | None, table: Table) 
         pass
 
 
+def test_a_setting_that_turns_wrong_in_mid_run_ends_it_in_one_line(table: Table) -> None:
+    for change, expected in (
+        ({"key": "sk-another-key-1234567"}, r"/v1 answers 401.*not accepted there.*set teacher\.api_key_env"),
+        ({"model": "moved"}, r"/v1 answers 404.*does not exist.*'teacher' of teacher\.model.*check teacher\.model"),
+    ):
+        with FaultServer(table, key="sk-right-key-1234567") as server:
+            with teacher_of(server.url, key="sk-right-key-1234567") as teacher:
+                asyncio.run(teacher.score(made_rollouts(2)))
+                vars(server).update(change)
+                with pytest.raises(RunFailed, match=expected) as error:
+                    asyncio.run(teacher.score(made_rollouts(2)))
+                assert error.value.exit_code == 1
+                assert "sk-right" not in str(error.value)
+                assert "\n" not in str(error.value)
+
+
 def test_a_prefix_and_ipv6_reach_the_server(table: Table) -> None:
     with FaultServer(table, host="::1", prefix="/pool/a") as server, teacher_of(server.url) as teacher:
         assert wrong(asyncio.run(teacher.score(made_rollouts(2))), made_rollouts(2), table) == 0
@@ -423,7 +439,7 @@ def test_https_needs_a_certificate_that_the_bundle_vouches_for(table: Table, tmp
                 pass
     (tmp_path / "empty.pem").write_text("")
     empty = {"ca_bundle": str(tmp_path / "empty.pem")}
-    with pytest.raises(ConfigError, match=r"teacher\.ca_bundle"), teacher_of(server.url, client=empty):
+    with pytest.raises(ConfigError, match=r"ca_bundle .*empty\.pem"), teacher_of(server.url, client=empty):
         pass
 
 

@@ -118,7 +118,7 @@ class HttpClient:
                 verify = ssl.create_default_context(cafile=ca_bundle)
             except (OSError, ssl.SSLError) as error:
                 reason = getattr(error, "strerror", None) or "not a PEM file of certificates"
-                raise ConfigError(f"teacher.ca_bundle = {ca_bundle!r}: {reason}", "a PEM file", "check it") from None
+                raise ConfigError(f"ca_bundle {ca_bundle!r}: {reason}", "a PEM file", "check its path") from None
         self._client = httpx.AsyncClient(
             verify=verify,
             trust_env=False,

@@ -25,7 +25,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from scope_opd.addresses import BaseUrl
 from scope_opd.errors import ScopeError
-from scope_opd.serving.faults import RETRIED_STATUS, Fault, Refused, RowRefused, Unanswered, retry_after_s
+from scope_opd.serving.faults import RETRIED_STATUS, BadAnswer, Fault, Refused, RowRefused, Unanswered, retry_after_s
 from scope_opd.serving.http import HttpClient, monotonic
 from scope_opd.serving.secrets import Secret, redact
 from scope_opd.serving.vllm import error_message
@@ -208,7 +208,10 @@ class Pool:
             method, f"{endpoint.url}{path}", key=endpoint.key, body=body, max_bytes=max_bytes
         )
         if status == 200:
-            return Reply(await self.client.parse(parser, content), opened_at)
+            try:
+                return Reply(await self.client.parse(parser, content), opened_at)
+            except BadAnswer as error:  # it quotes what the server wrote
+                raise BadAnswer(redact(error.message, [endpoint.key])) from None
         message = redact(error_message(content), [endpoint.key])
         if status in RETRIED_STATUS or status >= 500:
             raise Fault(f"status {status}", message, retry_after_s=retry_after_s(headers.get("Retry-After")))

@@ -20,7 +20,7 @@ from scope_opd.errors import ConfigError, RunFailed, ScopeError
 from scope_opd.serving.faults import BadAnswer, Fault, Refused, RowRefused
 from scope_opd.serving.http import HttpClient, LoopThread, monotonic
 from scope_opd.serving.pool import Endpoint, Names, Pool, PoolSettings, Reply
-from scope_opd.serving.secrets import Secret
+from scope_opd.serving.secrets import Secret, redact
 from scope_opd.serving.vllm import Scored, ScoreRequest, parse_models, parse_score, score_body, token_hash
 from scope_opd.teacher.ledger import Ledger
 
@@ -184,7 +184,7 @@ class Route:
             await self._refuse_unprotected(endpoint)
         models = (await self.pool.exchange(endpoint, "/models", parse_models)).value
         if self.settings.model not in models:
-            served = ", ".join(map(repr, models)) or "none"
+            served = redact(", ".join(map(repr, models)), [endpoint.key]) or "none"
             raise Refused(
                 f"{names.model} = {self.settings.model!r}: {endpoint.url} serves {served}",
                 "a name that it serves", f"change {names.model}",
