@@ -289,6 +289,9 @@ class FaultServer:
             "index": 0, "text": "x", "finish_reason": "length", "token_ids": [7],
             "prompt_token_ids": ids, "prompt_logprobs": rows,
         }  # fmt: skip
+        if fault == "shifted":  # valid, and another model's
+            for at, index in enumerate(ids[1:], start=1):
+                rows[at][str(index)]["logprob"] -= 1.0
         if fault == "key":  # in a place that errors quote
             rows[place][token]["logprob"] = f"Bearer {self.key}"
         if fault == "no_echo":
@@ -303,6 +306,8 @@ def _broken_bytes(content: bytes, fault: str | None) -> bytes:
         return content[: len(content) // 2]
     if fault == "not_json":
         return b"<html>Bad gateway</html>"
+    if fault == "endless":
+        return content + b" " * (1 << 23)
     return b"" if fault == "empty" else content
 
 

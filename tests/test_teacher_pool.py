@@ -16,6 +16,7 @@ import pytest
 
 from fault_server import FAULTS, HARMLESS, FaultServer, Table, at_random, made_rollouts, servers
 from scope_opd.errors import ConfigError, RunFailed
+from scope_opd.teacher.pool import Outcome, PoolTeacher
 from scope_opd.types import Prompt, Rollout, StepTeacher, Teacher, TeacherScore
 from teacher_kit import FINGERPRINT, route, teacher_of
 from tiny import tiny_model
@@ -177,11 +178,25 @@ def test_the_server_with_fewer_outstanding_tokens_is_asked(table: Table) -> None
         assert quick.seen.total() > 3 * slow.seen.total()
 
 
+def test_tokens_are_weighed_not_requests(table: Table) -> None:
+    big = Rollout("big", "g", [5] * 10, [6] * 200, [0.0] * 200)
+    left, right = FaultServer(table), FaultServer(table)
+    with servers(left, right), teacher_of(left.url, right.url) as teacher:
+        left.delay_s = right.delay_s = 0.3
+        asyncio.run(teacher.score([big, *made_rollouts(8, longest=8)]))
+        asked = [{prompt for prompt in server.seen if prompt != FINGERPRINT} for server in (left, right)]
+    assert sorted(len(prompts) for prompts in asked) == [1, 8]
+
+
 def test_no_server_gets_more_requests_at_once_than_allowed(table: Table) -> None:
-    with FaultServer(table) as server, teacher_of(server.url, pool={"max_concurrency": 3}) as teacher:
-        server.delay_s = 0.02
-        asyncio.run(teacher.score(made_rollouts(20)))
-        assert server.most_in_flight == 3
+    left, right = FaultServer(table), FaultServer(table)
+    with servers(left, right), teacher_of(left.url, right.url, pool={"max_concurrency": 3}) as teacher:
+        left.delay_s = 0.02
+        right.kill()
+        scores = asyncio.run(teacher.score(made_rollouts(30)))
+        assert all(score.logprobs is not None for score in scores)
+        # Besides three rollouts there may be one fingerprint.
+        assert 3 <= left.most_in_flight <= 4
 
 
 def test_a_killed_server_loses_nothing_and_is_used_again_when_it_returns(table: Table) -> None:
@@ -227,6 +242,33 @@ def test_weights_that_change_without_a_broken_connection_are_found_at_the_end_of
 
     with FaultServer(table) as server, teacher_of(server.url) as teacher, pytest.raises(RunFailed, match="another"):
         asyncio.run(step(teacher))
+
+
+def test_one_odd_fingerprint_is_asked_for_again_before_the_run_stops(table: Table) -> None:
+    async def step() -> None:
+        await teacher.begin_step([], 0)
+        await teacher.score(made_rollouts(3))
+        await teacher.end_step()
+
+    plans = iter([None, "shifted", *[None] * 50])
+    with FaultServer(table, lambda: next(plans)) as server, teacher_of(server.url) as teacher:
+        asyncio.run(teacher._probe(wait=True))
+        assert server.injected["shifted"] == 1
+        asyncio.run(step())
+
+
+def test_an_endless_answer_is_a_failure(table: Table) -> None:
+    faulty = [False]
+    with FaultServer(table, lambda: "endless" if faulty[0] else None) as server:
+        with teacher_of(server.url, pool={"deadline_s": 0.0, "failures_to_open": 100}) as teacher:
+            faulty[0] = True
+            (outcome,) = asyncio.run(_outcomes(teacher, made_rollouts(1)))
+    assert outcome.logprobs is None
+    assert "more than" in (outcome.error or "")
+
+
+async def _outcomes(teacher: PoolTeacher, rollouts: list[Rollout]) -> list[Outcome]:
+    return [await asyncio.wrap_future(teacher.servers.thread.submit(teacher.request(each))) for each in rollouts]
 
 
 def test_servers_of_one_teacher_must_serve_the_same_model(table: Table, other: Table) -> None:
