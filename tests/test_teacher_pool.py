@@ -215,8 +215,9 @@ def test_a_killed_server_loses_nothing_and_is_used_again_when_it_returns(table: 
         assert wrong(scores, rollouts, table) == 0
         assert all(score.logprobs is not None for score in scores)
         with FaultServer(table, port=left.port) as back:
-            time.sleep(0.2)
-            asyncio.run(teacher.score(rollouts))
+            end = time.monotonic() + 20
+            while back.seen.total() <= 5 and time.monotonic() < end:
+                assert wrong(asyncio.run(teacher.score(rollouts)), rollouts, table) == 0
             assert back.seen.total() > 5
 
 
