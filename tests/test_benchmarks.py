@@ -36,7 +36,9 @@ def refuse(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-@pytest.mark.parametrize("script", ["code_verifier.py", "pipeline.py", "sampler.py", "trl_grpo_step.py", "verifier.py"])
+@pytest.mark.parametrize(
+    "script", ["code_verifier.py", "pipeline.py", "sampler.py", "teacher_pool.py", "trl_grpo_step.py", "verifier.py"]
+)
 def test_a_benchmark_names_its_options(script: str) -> None:
     done = run(script, "--help")
     assert done.returncode == 0, done.stderr
@@ -75,3 +77,11 @@ def test_a_part_that_fails_leaves_the_others_and_exit_code_one() -> None:
     report = json.loads(done.stdout)
     assert "expected greater than 0" in report["pair"]["error"]
     assert report["sampler"]["rows"] == TINY["prompts"] * TINY["n"]
+
+
+def test_the_teacher_pool_gives_no_wrong_number_and_leaves_nothing() -> None:
+    done = run("teacher_pool.py", "--scorings", "120")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout, parse_constant=refuse)
+    assert (report["scorings"], report["wrong"], report["tasks_left"], report["threads_left"]) == (120, 0, 0, 0)
+    assert report["faults_injected"] >= 20

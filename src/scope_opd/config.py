@@ -16,8 +16,19 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from scope_opd.addresses import check_variable_name, looks_like_a_key, parse_base_url
 from scope_opd.errors import ConfigError
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -77,12 +88,53 @@ class ModelConfig(Table):
     trust_remote_code: bool = False
 
 
-class TeacherConfig(Table):
-    """The teacher in process. ``path`` as for the student.
+class ServerConfig(Table):
+    """Servers of one teacher. The key is in an environment variable or a file, never here.
 
-    ``dtype`` holds its weights ("auto": bfloat16 on a GPU, float32 on a CPU). ``max_tokens_per_batch`` bounds prompt +
-    response tokens scored in one forward pass. ``temperature`` is that of its own samples (``kd``); None: rollout's.
-    ``log_prob_floor`` is the lowest log-prob a token may have; lower ones are raised to it and counted.
+    ``base_urls``: OpenAI-style addresses such as ``http://host:8000/v1``; all serve the same weights. ``model``: the
+    name that they serve them under.
+    """
+
+    base_urls: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = (
+        Field(default_factory=list)
+    )
+    model: str | None = None
+    api_key_env: str | None = None
+    api_key_file: str | None = None
+
+    @field_validator("base_urls")
+    @classmethod
+    def _addresses(cls, urls: list[str]) -> list[str]:
+        found = [parse_base_url(url).text for url in urls]
+        twice = sorted({url for url in found if found.count(url) > 1})
+        if twice:
+            raise ValueError(f"base_urls names {twice[0]} twice; expected each server once; remove one")
+        return found
+
+    @field_validator("api_key_env", "api_key_file")
+    @classmethod
+    def _no_key(cls, text: str | None, info: ValidationInfo) -> str | None:
+        if text is not None and info.field_name == "api_key_env":
+            return check_variable_name(text, "teacher.api_key_env")
+        if text is not None and looks_like_a_key(text):
+            raise ValueError("teacher.api_key_file holds what looks like a key; expected the path of a file with it")
+        return text
+
+
+class TeacherConfig(ServerConfig):
+    """The teacher: in process (``path``), or behind servers (``base_urls``, or ``routes``; docs/serving.md).
+
+    In process: ``path`` as for the student; ``dtype`` holds its weights ("auto": bfloat16 on a GPU, float32 on a CPU);
+    ``max_tokens_per_batch`` bounds prompt + response tokens scored in one forward pass.
+
+    Behind servers: ``route_by`` names a column of the data; ``[teacher.routes.VALUE]`` is the teacher of prompts with
+    that value, ``base_urls`` that of all others. ``tokenizer``: the teacher's, to be compared with the student's.
+    ``served_temperature``: what the served model's logits are divided by (1 unless the served copy was made so).
+    A request is tried again until ``deadline_s``; more than ``max_unscored`` of a step's requests without a score stop
+    the run. ``fingerprint_tolerance``: nats a token by which the same model's log-probs may differ.
+
+    For both: ``temperature`` is that of its own samples (``kd``); None: rollout's. ``log_prob_floor`` is the lowest
+    log-prob a token may have; lower ones are raised to it and counted.
     """
 
     path: str = "zoo:teacher"
@@ -93,6 +145,44 @@ class TeacherConfig(Table):
     log_prob_floor: Annotated[float, Field(lt=0, allow_inf_nan=False)] = -100.0
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    tokenizer: str | None = None
+    served_temperature: PositiveFloat = 1.0
+    ca_bundle: UserPath | None = None
+    connect_timeout_s: PositiveFloat = 10.0
+    read_timeout_s: PositiveFloat = 300.0
+    deadline_s: PositiveFloat = 600.0
+    max_concurrency: PositiveInt = 32
+    max_unscored: Share = 0.01
+    fingerprint_tolerance: PositiveFloat = 0.05
+    allow_unprotected_routes: bool = False
+    route_by: str | None = None
+    routes: dict[str, ServerConfig] = Field(default_factory=dict)
+
+    @property
+    def served(self) -> bool:
+        """Whether it is behind servers."""
+        return bool(self.base_urls or self.routes)
+
+    @property
+    def shown(self) -> str:
+        """What to call it."""
+        names = [self.model, *(route.model for route in self.routes.values())]
+        return ", ".join(name for name in names if name) if self.served else self.path
+
+    @model_validator(mode="after")
+    def _whole(self) -> TeacherConfig:
+        if bool(self.routes) != (self.route_by is not None):
+            found, other = ("routes", "route_by") if self.routes else ("route_by", "routes")
+            raise ValueError(f"teacher.{found} without teacher.{other}; expected both or none; add the other")
+        for name, route in {"": self, **self.routes}.items():
+            place = f"teacher.routes.{name}" if name else "teacher"
+            if name and not route.base_urls:
+                raise ValueError(f"{place} has no base_urls; expected the address of a server; add it")
+            if route.base_urls and not (route.model or self.model):
+                raise ValueError(
+                    f"{place}.base_urls without a model; expected the name that it is served under; add it"
+                )
+        return self
 
 
 class DataConfig(Table):
@@ -315,6 +405,11 @@ class Config(Table):
                     f"rollout.{name} = {value}; expected {neutral}: a cut or penalised distribution has no simple "
                     f"importance ratio; remove it from [rollout] (it is allowed in [eval])"
                 )
+        if self.teacher.served and self.objective.distill == "full_kl":
+            raise ValueError(
+                "objective.distill = 'full_kl' with a teacher behind servers; expected 'sampled', since servers give "
+                "no logits; load the teacher in process (teacher.path without base_urls), or set objective.distill"
+            )
         return self
 
 
@@ -422,8 +517,11 @@ def _place(location: Sequence[str]) -> tuple[str, ...]:
 
 def _known_keys(tables: Sequence[str]) -> Iterator[str]:
     model: type[BaseModel] = Config
-    for table in tables:
+    names = iter(tables)
+    for table in names:
         annotation = model.model_fields[table].annotation
+        if get_origin(annotation) is dict and next(names, None) is not None:  # tables under names of the user's choice
+            annotation = get_args(annotation)[1]
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return
         model = annotation

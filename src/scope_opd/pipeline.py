@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from scope_opd.credit import Truncated, verdict_of
 from scope_opd.errors import RunFailed, ScopeError
-from scope_opd.types import Prompt, Rollout, Sampler, SamplingParams, Teacher, TeacherScore, Verifier
+from scope_opd.types import Prompt, Rollout, Sampler, SamplingParams, StepTeacher, Teacher, TeacherScore, Verifier
 
 PhaseHook = Callable[[str], None]
 ProgressHook = Callable[[int, int], None]
@@ -28,6 +28,7 @@ class StageStats:
     """What a step's stream cost and met. Seconds are wall time in which the stage was at work.
 
     ``generation_s`` ends with the last rollout; ``verify_s`` sums the verdicts; ``teacher_s`` sums the scoring calls.
+    ``notes``: lines for the user.
     """
 
     generation_s: float = 0.0
@@ -38,6 +39,8 @@ class StageStats:
     scored_rollouts: int = 0
     floored_tokens: int = 0
     unscored: int = 0
+    teacher_retries: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -184,6 +187,8 @@ class Pipeline:
             on_phase("generation")
         start = time.perf_counter()
         error: BaseException | None = None
+        if isinstance(self.teacher, StepTeacher):
+            await self.teacher.begin_step(prompts, step)
         source = self.sampler.sample(prompts, params, step=step, policy_version=policy_version)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -211,6 +216,8 @@ class Pipeline:
             await self._score(state, state.waiting)
             for rollout in state.waiting:
                 self._join(state, rollout)
+        if isinstance(self.teacher, StepTeacher):
+            state.stats.notes += await self.teacher.end_step()
         short = [name for name in state.prompts if len(state.members.get(name, [])) != params.n]
         if short:
             found = f"prompt {short[0]!r} has {len(state.members.get(short[0], []))} rollouts"
@@ -238,6 +245,7 @@ class Pipeline:
         for rollout, score in zip(rollouts, scores, strict=True):
             rollout.teacher_logprobs = score.logprobs
             state.stats.floored_tokens += score.floored
+            state.stats.teacher_retries += max(0, score.tries - 1)
             if score.logprobs is None:
                 state.stats.unscored += 1
             elif len(score.logprobs) != len(rollout.token_ids):

@@ -127,6 +127,30 @@ def write_jsonl(path: str | Path, objects: Iterable[Any], *, append: bool = Fals
         stream.writelines(dumps(item) + "\n" for item in objects)
 
 
+def cut_torn_line(path: str | Path) -> int:
+    """Cut a last line that lacks its end (its writer was killed); returns the bytes cut, 0 where all is well.
+
+    Raises:
+        OSError: the file is there and cannot be changed.
+    """
+    target = Path(path)
+    if not target.exists():
+        return 0
+    with target.open("rb+") as stream:
+        size = kept = stream.seek(0, 2)
+        while kept:
+            start = max(0, kept - (1 << 16))
+            stream.seek(start)
+            end = stream.read(kept - start).rfind(b"\n")
+            if end >= 0:
+                kept = start + end + 1
+                break
+            kept = start
+        if kept < size:
+            stream.truncate(kept)
+    return size - kept
+
+
 def _lines(stream: Iterable[str | bytes], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(stream, start=1):
         if not line.strip():

@@ -131,10 +131,12 @@ class TeacherScore:
     Attributes:
         logprobs: one for each response token, already floored; None when the teacher could not score it.
         floored: how many tokens were raised to the floor.
+        tries: requests that it took a server; 0 in process.
     """
 
     logprobs: list[float] | None
     floored: int = 0
+    tries: int = 0
 
 
 @runtime_checkable
@@ -171,4 +173,18 @@ class Teacher(Protocol):
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
         """One score for each rollout, in order. A rollout that cannot be scored gets ``logprobs=None``."""
+        ...
+
+
+@runtime_checkable
+class StepTeacher(Teacher, Protocol):
+    """A teacher that wants to know where a step begins and ends (servers: whom to ask for which prompt; is it still
+    the same model?). The pipeline tells it."""
+
+    async def begin_step(self, prompts: Sequence[Prompt], step: int) -> None:
+        """Before the first rollout of a step."""
+        ...
+
+    async def end_step(self) -> list[str]:
+        """After the last score of a step; returns lines for the user. If it raises, the step is not taken."""
         ...

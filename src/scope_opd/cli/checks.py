@@ -79,6 +79,16 @@ def compare_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedToke
     return Finding(subject, "ok", f"{len(student.get_vocab())} ids, all the same")
 
 
+def unknown_tokenizer() -> Finding:
+    """Scores are taken by id: nobody but its tokenizer can say whether a served teacher means the same by an id."""
+    return Finding(
+        "tokenizers",
+        "warn",
+        "the served teacher's tokenizer is not known",
+        "set teacher.tokenizer to its folder or hub id, so that it can be compared with the student's",
+    )
+
+
 def common_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The ids that mean the same token to both, in order: an exact KL is taken over these.
 

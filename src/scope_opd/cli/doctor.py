@@ -156,7 +156,7 @@ def settings_and_data(config: Config, longest: list[int]) -> Iterator[Finding]:
             "add rows or lower it",
         )  # fmt: skip
     tokenizer = inputs.student_tokenizer(config)
-    limits = inputs.contexts(config, with_teacher)
+    limits = inputs.contexts(config, with_teacher and not config.teacher.served)
     prompts = inputs.render(config, rows, tokenizer, limits, max_tokens=config.rollout.max_tokens, warnings=warnings)
     yield from (Finding("data.train", "warn", line) for line in warnings)
     lengths = sorted(len(prompt.token_ids) for prompt in prompts)
@@ -197,11 +197,12 @@ def verifier(config: Config, prompts: Sequence[Prompt]) -> Finding:
 
 def pair(config: Config, tokens: int) -> Iterator[Finding]:
     """Student and teacher: folders, tokenizers, end tokens, memory for sequences of ``tokens``."""
-    from scope_opd.cli import checks, engines, inputs
+    from scope_opd.cli import checks, engines, inputs, servers
     from scope_opd.cli.checks import Finding, free_memory, gigabytes
     from scope_opd.models.loading import end_token_ids, resolve_device
 
-    with_teacher = inputs.needs_teacher(config, inputs.build_configured_method(config))
+    method = inputs.build_configured_method(config)
+    with_teacher = inputs.needs_teacher(config, method)
     device = resolve_device(config.train.device)
     student, note = _described(config.model, lambda: engines.load_student(config, device))
     parameters = sum(parameter.numel() for parameter in student.parameters())
@@ -210,10 +211,20 @@ def pair(config: Config, tokens: int) -> Iterator[Finding]:
     tokenizer = inputs.student_tokenizer(config)
     ends = end_token_ids(student, tokenizer, config.chat.stop_token_ids)
     shapes: dict[str, tuple[int, Any]] = {"student": (parameters, student.config.get_text_config())}
-    if with_teacher:
+    if with_teacher and config.teacher.served:
+        urls = [*config.teacher.base_urls]
+        urls += [url for route in config.teacher.routes.values() for url in route.base_urls]
+        yield Finding("teacher", "ok", f"behind servers, which are not asked here: {', '.join(urls)}")
+        if method.needs_teacher(True) or method.needs_teacher(False):
+            servers.check_temperature(config, engines.teacher_temperature(config))
+        served = inputs.teacher_tokenizer(config)
+        yield checks.unknown_tokenizer() if served is None else checks.compare_tokenizers(tokenizer, served)
+        yield checks.compare_ends(ends, ends, tokenizer)
+    elif with_teacher:
         teacher, note = _described(config.teacher, lambda: engines.load_teacher(config, device))
         yield Finding("teacher", "ok", f"{config.teacher.path}: {_shape(teacher)}, {note}")
         theirs = inputs.teacher_tokenizer(config)
+        assert theirs is not None
         yield checks.compare_tokenizers(tokenizer, theirs)
         yield checks.compare_ends(ends, end_token_ids(teacher, theirs), tokenizer)
         shapes["teacher"] = (sum(p.numel() for p in teacher.parameters()), teacher.config.get_text_config())

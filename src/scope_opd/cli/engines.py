@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from scope_opd.cli import checks
+from scope_opd.cli import checks, servers
 from scope_opd.cli.early import eval_source
 from scope_opd.cli.inputs import (
     build_configured_method,
@@ -41,7 +41,7 @@ from scope_opd.pipeline import Pipeline
 from scope_opd.rollout.local import LocalSampler
 from scope_opd.teacher.local import LocalTeacher
 from scope_opd.train.engines import Engines, SurrogateSettings, TokenFunction
-from scope_opd.types import Prompt, Sampler, SamplingParams, Verifier
+from scope_opd.types import Prompt, Sampler, SamplingParams, Teacher, Verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,6 +56,7 @@ class Built:
         method: the method.
         train_prompts, eval_prompts: rendered prompts; ``eval_prompts`` is empty where nothing is evaluated.
         verifier: what judges.
+        teacher: what scores, None where nothing does.
         data: which data sets were read, "train" and perhaps "eval", as ``DataSet.about`` says it.
         warnings: lines worth showing before the run.
     """
@@ -65,13 +66,15 @@ class Built:
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
     verifier: Verifier
+    teacher: Teacher | None = None
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def close(self) -> None:
-        """End the verifier's processes, where it has any."""
-        if close := getattr(self.verifier, "close", None):
-            close()
+        """End the verifier's processes and the connections to servers, where there are any."""
+        for part in (self.verifier, self.teacher):
+            if close := getattr(part, "close", None):
+                close()
 
 
 def build_engines(config: Config, revisions: Mapping[str, str] | None = None) -> Built:
@@ -84,19 +87,33 @@ def build_engines(config: Config, revisions: Mapping[str, str] | None = None) ->
     Raises:
         ScopeError: anything that is wrong with data, models or settings.
     """
+    with contextlib.ExitStack() as undo:  # what was opened is closed again if something is wrong
+        built = _build_engines(config, revisions or {}, undo)
+        undo.pop_all()
+    return built
+
+
+def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.ExitStack) -> Built:
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     device = resolve_device(config.train.device)
     method = build_configured_method(config)
     with_teacher = needs_teacher(config, method)
     held_out = eval_source(config)
-    commits = revisions or {}
     data = load_data(config, config.data.train, "train", commits.get("train"))
     held_out_data = load_data(config, held_out, "heldout", commits.get("eval")) if held_out else None
     eval_rows = held_out_data.rows[: config.eval.problems] if held_out_data else []
     warnings = [*data.warnings, *(held_out_data.warnings if held_out_data else [])]
     tokenizer = student_tokenizer(config)
-    limits = contexts(config, with_teacher)
+    limits = contexts(config, with_teacher and not config.teacher.served)
+    served = None
+    if with_teacher and config.teacher.served:
+        if method.needs_teacher(True) or method.needs_teacher(False):
+            servers.check_temperature(config, teacher_temperature(config))
+        served = servers.open_servers(config, tokenizer)
+        undo.callback(served.close)
+        warnings += served.open()
+        limits["teacher"] = servers.context(served)
     train_prompts = render(
         config, data.rows, tokenizer, limits, max_tokens=config.rollout.max_tokens, warnings=warnings
     )
@@ -110,9 +127,13 @@ def build_engines(config: Config, revisions: Mapping[str, str] | None = None) ->
         findings.append(checks.teacher_samples(config))
     if eval_prompts:
         findings.append(checks.overlap(train_prompts, eval_prompts))
-    if with_teacher:
-        theirs = teacher_tokenizer(config)
+    if served is not None:
+        servers.check_routes(config, train_prompts)
+    theirs = teacher_tokenizer(config) if with_teacher else None
+    if theirs is not None:
         findings.append(checks.compare_tokenizers(tokenizer, theirs))
+    elif with_teacher:
+        findings.append(checks.unknown_tokenizer())
     warnings += checks.enforce(findings)
     if held_out and len(eval_rows) < config.eval.problems:
         warnings.append(f"eval.problems = {config.eval.problems}: data.eval has {len(eval_rows)}, all are used")
@@ -133,9 +154,16 @@ def build_engines(config: Config, revisions: Mapping[str, str] | None = None) ->
         seed=config.run.seed,
     )
     sampler: Sampler = LocalSampler(student, tokenizer, max_rows=config.rollout.max_rows, autocast=autocast)
-    scorer = None
+    scorer: Teacher | None = None
     common = None
-    if with_teacher:
+    if served is not None:
+        scorer = servers.pool_teacher(config, served)
+        if method.sampled_by == "teacher":
+            sampler = servers.server_sampler(config, served, tokenizer, _head_rows(student))
+            temperature = config.teacher.temperature or sampling.temperature
+            sampling = replace(sampling, temperature=temperature)
+    elif with_teacher:
+        assert theirs is not None
         if config.objective.distill == "full_kl":
             common = checks.common_vocabulary(tokenizer, theirs)
         teacher = load_teacher(config, device)
@@ -185,13 +213,13 @@ def build_engines(config: Config, revisions: Mapping[str, str] | None = None) ->
         schedule=schedule,
         sampling=sampling,
         surrogate=surrogate_settings(config, method, sampling, common),
-        teacher_head=scorer if config.objective.distill == "full_kl" else None,
+        teacher_head=scorer if isinstance(scorer, LocalTeacher) and config.objective.distill == "full_kl" else None,
         reference=frozen_reference(config, student, autocast) if config.objective.reference_kl > 0 else None,
         evaluator=evaluator,
         weights_use_tau=paths_weighted_by_perplexity(method),
         data=about,
     )
-    return Built(engines, method, train_prompts, eval_prompts, verifier, about, warnings)
+    return Built(engines, method, train_prompts, eval_prompts, verifier, scorer, about, warnings)
 
 
 def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:

@@ -139,10 +139,13 @@ def student_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return load_tokenizer(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
-def teacher_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The teacher's tokenizer."""
+def teacher_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
+    """The teacher's tokenizer: ``teacher.tokenizer``, else that of its folder; None where servers leave it unknown."""
     teacher = config.teacher
-    return load_tokenizer(teacher.path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
+    if teacher.tokenizer is None and teacher.served:
+        return None
+    path = teacher.tokenizer or teacher.path
+    return load_tokenizer(path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
 
 
 def model_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:

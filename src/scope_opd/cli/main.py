@@ -31,6 +31,7 @@ COMMANDS = {
     "demo": "demo:demo",
     "train": "train_command:train",
     "weights": "weights:weights",
+    "score": "score_command:score",
     "eval": "eval_command:evaluate",
     "compare": "compare_command:compare",
     "verify": "verify_command:verify",

@@ -77,7 +77,7 @@ def model_card(config: Config, steps: int, metrics: Mapping[str, Any], evaluatio
         "",
         f"# Student after {steps} steps of `{config.objective.method}`",
         "",
-        f"Trained with scope-opd from `{config.model.path}`, with `{config.teacher.path}` as the teacher, on "
+        f"Trained with scope-opd from `{config.model.path}`, with `{config.teacher.shown}` as the teacher, on "
         f"`{config.data.train}`. Method: arXiv 2604.10688.",
         "",
         "## Settings",

@@ -57,6 +57,7 @@ METRIC_KEYS: dict[str, str] = {
     "floored_tokens": "teacher log-probs raised to the floor",
     "teacher/scored_tokens": "response tokens that the teacher scored",
     "teacher/scored_rollouts": "rollouts that the teacher scored",
+    "teacher/unscored": "rollouts that the teacher was asked to score and that came back without a score",
     "mismatch/kl": "mean log mu - log pi_old a token: k1 estimate of KL(sampler || trainer)",
     "mismatch/capped_share": "share of tokens with c at its cap",
     "clip/share": "share of tokens where a PPO clip acted",
@@ -71,6 +72,7 @@ METRIC_KEYS: dict[str, str] = {
     "time/update_s": "batch, forward, backward, optimiser",
     "time/step_s": "the whole step",
     "perf/tokens_per_s": "generated tokens by step time",
+    "perf/teacher_retries": "requests to teacher servers that had to be made again",
     "perf/peak_rss_mb": "largest resident memory of the process so far",
     "perf/peak_gpu_mb": "largest memory allocated on the GPU so far; null on a CPU",
 }
@@ -134,6 +136,7 @@ def step_metrics(
         "floored_tokens": stats.floored_tokens,
         "teacher/scored_tokens": stats.scored_tokens,
         "teacher/scored_rollouts": stats.scored_rollouts,
+        "teacher/unscored": stats.unscored,
         "mismatch/kl": _tensor_mean(tokens.mismatch) if mismatch else None,
         "mismatch/capped_share": _tensor_mean(tokens.capped) if mismatch else None,
         "clip/share": outcome.clipped if trained else None,
@@ -148,6 +151,7 @@ def step_metrics(
         "time/update_s": update_s,
         "time/step_s": step_s,
         "perf/tokens_per_s": stats.generated_tokens / step_s if step_s > 0 else None,
+        "perf/teacher_retries": stats.teacher_retries,
         "perf/peak_rss_mb": _peak_rss_mb(),
         "perf/peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None,
     }

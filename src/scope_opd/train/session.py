@@ -127,7 +127,7 @@ class Session:
                 "method": config.objective.method,
                 "seed": config.run.seed,
                 "model": config.model.path,
-                "teacher": config.teacher.path,
+                "teacher": config.teacher.shown,
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
                 "device": str(self.learner.device),
@@ -242,6 +242,8 @@ class Session:
             else f"the loss of rollout {culprit!r} is not finite",
         )  # fmt: skip
         self._folder.append("rollouts", dumped)
+        for line in collected.stats.notes:
+            self._say("warning", line)
         for alarm in rings:
             more = {"rollout": culprit} if alarm.name == "nan" else {}
             self._say("alarm", alarm.message, name=alarm.name, action=alarm.action, **more)

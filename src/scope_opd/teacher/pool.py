@@ -1,0 +1,194 @@
+"""The teacher behind HTTP: scores rollouts one by one as they end, and says so where it cannot.
+
+A rollout that no server could score before its deadline has ``logprobs=None``: it is masked and counted, never given a
+number. When more than ``max_unscored`` of a step's requests end so, the run stops before the step changes anything.
+Each score, with what it took, is a line of teacher.jsonl. Not covered: exact KL and top-k rows (they need logits).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scope_opd.errors import RunFailed, ScopeError
+from scope_opd.serving.faults import RowRefused, Unanswered
+from scope_opd.serving.vllm import ScoreRequest, token_hash
+from scope_opd.teacher.servers import Servers, fatal_in_a_run
+from scope_opd.types import Prompt, Rollout, TeacherScore
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one request.
+
+    Attributes:
+        logprobs: raw, as the server gave them; None where there are none.
+        error: why not.
+        foreign: the reason is a token beyond the teacher's vocabulary.
+        tries: requests sent.
+        row: the ledger's line.
+    """
+
+    logprobs: list[float] | None
+    error: str | None
+    foreign: bool
+    tries: int
+    row: dict[str, Any]
+
+
+class PoolTeacher:
+    """Scores rollouts with servers; implements ``types.StepTeacher``.
+
+    Args:
+        servers: open. ``close`` ends them.
+        route_of: the route of a prompt; None where there is one route for all.
+        log_prob_floor: log-probs below it are raised to it and counted.
+        max_unscored: share of a step's requests that may stay unscored.
+
+    Attributes:
+        streams: True: each rollout is sent as soon as it ends.
+    """
+
+    streams: bool = True
+
+    def __init__(
+        self,
+        servers: Servers,
+        *,
+        route_of: Callable[[Prompt], str] | None = None,
+        log_prob_floor: float = -100.0,
+        max_unscored: float = 0.01,
+    ) -> None:
+        self.servers, self.log_prob_floor, self.max_unscored = servers, log_prob_floor, max_unscored
+        self._route_of = route_of
+        self._routes: dict[str, str] = {}
+        self._step: int | None = None
+        self._requests = self._unscored = 0
+        self._last_error = ""
+        self._told_down: set[str] = set()
+
+    async def begin_step(self, prompts: Sequence[Prompt], step: int) -> None:
+        """A step begins: learn its prompts' routes, and have every server prove itself before it is used."""
+        self.servers.ledger.open()
+        self._step, self._requests, self._unscored = step, 0, 0
+        if self._route_of is not None:
+            self._routes = {prompt.id: self._route_of(prompt) for prompt in prompts}
+        await self._probe(wait=False)
+
+    async def end_step(self) -> list[str]:
+        """A step's rollouts are all scored: have the servers prove themselves again, and count what is missing.
+
+        Returns:
+            A line for each server that went down, or came back, since it was last asked.
+
+        Raises:
+            RunFailed: a server serves another model than at the start, or too much is unscored.
+        """
+        await self._probe(wait=True)
+        if self._unscored > self.max_unscored * self._requests:
+            raise RunFailed(
+                f"step {self._step}: {self._unscored} of {self._requests} rollouts could not be scored by the teacher; "
+                f"{self._last_error}",
+                f"at most {self.max_unscored:.3g} of them (teacher.max_unscored)",
+                "the step was not taken: see to the servers, then continue with --resume",
+            )
+        return self._changes()
+
+    async def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
+        """Log-probs of every response token at temperature 1 of the served model, floored; one score a rollout.
+
+        May be called from any event loop, also from several at once.
+
+        Raises:
+            RunFailed: a setting is wrong, or a rollout is beyond the servers; names the rollout.
+        """
+        futures = [self.servers.thread.submit(self.request(rollout)) for rollout in rollouts]
+        try:
+            outcomes = await asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
+        except ScopeError as error:
+            raise fatal_in_a_run(error) from None
+        finally:
+            for future in futures:
+                future.cancel()
+        return [self._account(outcome) for outcome in outcomes]
+
+    async def request(self, rollout: Rollout, *, rows_may_fail: bool = False) -> Outcome:
+        """Score one rollout; in the servers' thread.
+
+        Args:
+            rollout: with at least one prompt token.
+            rows_may_fail: a 400 for this one is its outcome, not an error.
+
+        Raises:
+            ScopeError: a setting is wrong, or (without ``rows_may_fail``) the server refuses this rollout.
+        """
+        if not rollout.token_ids:
+            return Outcome([], None, False, 0, {})
+        name = self._routes.get(rollout.group, "") if self._route_of is not None else ""
+        route = self.servers.routes[name]
+        tokens = (*rollout.prompt_token_ids, *rollout.token_ids)
+        request = ScoreRequest(tokens, len(rollout.prompt_token_ids))
+        row: dict[str, Any] = {
+            "time": time.time(), "step": self._step, "id": rollout.id, "route": name, "model": route.settings.model,
+            "tokens": len(tokens), "token_hash": token_hash(tokens),
+        }  # fmt: skip
+        try:
+            done = await route.pool.call(len(tokens), lambda endpoint: route.score(endpoint, request))
+        except Unanswered as error:
+            row.update(scored=False, attempts=error.tries, faults=dict(error.faults), error=str(error))
+            return Outcome(None, str(error), False, error.tries, row)
+        except RowRefused as error:
+            if not (rows_may_fail or error.foreign_token):
+                raise RunFailed(
+                    f"rollout {rollout.id!r} with {len(tokens)} tokens: {error}", "a sequence that the teacher takes",
+                    "lower rollout.max_tokens or data.max_prompt_tokens, or serve it with a larger --max-model-len",
+                ) from None  # fmt: skip
+            row.update(scored=False, attempts=1, error=str(error))
+            return Outcome(None, str(error), error.foreign_token, 1, row)
+        row.update(
+            scored=True, endpoint=str(done.endpoint.url), attempts=done.tries, latency_s=round(done.latency_s, 6),
+            faults=dict(done.faults),
+        )  # fmt: skip
+        return Outcome(done.value.logprobs, None, False, done.tries, row)
+
+    def close(self) -> None:
+        """End the client. Nothing of it is left afterwards; may be called twice."""
+        self.servers.close()
+
+    def _account(self, outcome: Outcome) -> TeacherScore:
+        if not outcome.row:
+            return TeacherScore([])
+        self.servers.ledger.add(outcome.row)
+        self._requests += 1
+        if outcome.logprobs is None:
+            # A token that the teacher lacks is the rollout's own fault, in process too: no reason to stop the run.
+            self._unscored += not outcome.foreign
+            self._last_error = outcome.error or ""
+            return TeacherScore(None, tries=outcome.tries)
+        floored = sum(value < self.log_prob_floor for value in outcome.logprobs)
+        return TeacherScore([max(value, self.log_prob_floor) for value in outcome.logprobs], floored, outcome.tries)
+
+    def _changes(self) -> list[str]:
+        endpoints = [endpoint for route in self.servers.routes.values() for endpoint in route.pool.endpoints]
+        lines = []
+        for endpoint in endpoints:
+            url, is_up = str(endpoint.url), endpoint.state == "up"
+            if not is_up and url not in self._told_down:
+                lines.append(f"teacher server {url} is down ({endpoint.last_error}); the others go on")
+                self._told_down.add(url)
+            elif is_up and url in self._told_down:
+                lines.append(f"teacher server {url} is back")
+                self._told_down.discard(url)
+        return lines
+
+    async def _probe(self, *, wait: bool) -> None:
+        async def probe() -> None:
+            await asyncio.gather(*(route.pool.probe_all(wait=wait) for route in self.servers.routes.values()))
+
+        try:
+            await asyncio.wrap_future(self.servers.thread.submit(probe()))
+        except ScopeError as error:
+            raise fatal_in_a_run(error) from None

@@ -1,0 +1,294 @@
+"""Routes to teachers behind HTTP: each is a pool of servers of one model, and the fingerprint that proves it is still
+the same model.
+
+A fingerprint is the log-probs of a fixed sequence. The first one of a route is the reference (that of an earlier
+sitting, where the run is resumed); every server must give it again at the start, after a connection broke or the
+server was down, and at both ends of each step. Not covered: scoring rollouts (``pool``), sampling (``sampling``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+from scope_opd.addresses import BaseUrl
+from scope_opd.errors import ConfigError, RunFailed, ScopeError
+from scope_opd.serving.faults import BadAnswer, Fault, Refused, RowRefused
+from scope_opd.serving.http import HttpClient, LoopThread, monotonic
+from scope_opd.serving.pool import Endpoint, Names, Pool, PoolSettings, Reply
+from scope_opd.serving.secrets import Secret, redact
+from scope_opd.serving.vllm import Scored, ScoreRequest, parse_models, parse_score, score_body, token_hash
+from scope_opd.teacher.ledger import Ledger
+
+Answer = TypeVar("Answer")
+FINGERPRINT_TOKENS = 64
+"""Tokens of the fixed sequence at most."""
+BYTES_A_TOKEN = 600
+"""Room for a token's entry in an answer; a real one has about 80 bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouteSettings:
+    """One teacher: where it is served, under which name, with which key.
+
+    Attributes:
+        urls: its servers, at least one.
+        model: the name that they serve it under.
+        key: None where none is needed.
+        names: what the user calls these settings.
+    """
+
+    urls: tuple[BaseUrl, ...]
+    model: str
+    key: Secret | None = None
+    names: Names = field(default_factory=Names)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """Of the HTTP client that all routes share, see ``serving.http.HttpClient``; ``start_s``: how long servers may
+    take to answer at the start; ``allow_unprotected``: see ``Route.open``."""
+
+    connect_timeout_s: float = 10.0
+    read_timeout_s: float = 300.0
+    ca_bundle: str | None = None
+    start_s: float = 30.0
+    allow_unprotected: bool = False
+
+
+class Route:
+    """One teacher's servers. Everything but ``describe`` runs in the client's loop.
+
+    Args:
+        name: of the route, "" where there is only one.
+        settings: where and what.
+        fingerprint: token ids of the fixed sequence, at least two; the first is its prompt.
+        tolerance: mean absolute difference of two fingerprints of the same model at most, nats a token.
+        reference: the fingerprint of an earlier sitting.
+
+    Attributes:
+        context: tokens that the servers take at most (prompt, response and one more), None where none tells.
+        down: what is wrong with servers that did not answer at the start.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: RouteSettings,
+        client: HttpClient,
+        pool: PoolSettings,
+        fingerprint: Sequence[int],
+        *,
+        tolerance: float,
+        ledger: Ledger,
+        reference: list[float] | None = None,
+    ) -> None:
+        self.name, self.settings, self.tolerance = name, settings, tolerance
+        self.request = ScoreRequest(tuple(fingerprint[:FINGERPRINT_TOKENS]), 1)
+        self.hash = token_hash(self.request.token_ids)
+        self.context: int | None = None
+        self.down: list[str] = []
+        endpoints = [Endpoint(url, settings.model, settings.key, settings.names) for url in settings.urls]
+        self.pool = Pool(client, endpoints, pool, self.verify)
+        self._client, self._ledger, self._reference = client, ledger, reference
+
+    @property
+    def shown(self) -> str:
+        """The route in a sentence."""
+        return f"teacher {self.name!r}" if self.name else "the teacher"
+
+    async def score(self, endpoint: Endpoint, request: ScoreRequest) -> Reply[Scored]:
+        """Have one sequence scored by one endpoint."""
+        room = (1 << 20) + len(request.token_ids) * BYTES_A_TOKEN * (request.top_k + 2)
+        return await self.pool.exchange(
+            endpoint, "/completions", lambda body: parse_score(body, request),
+            body=score_body(request, self.settings.model), max_bytes=room,
+        )  # fmt: skip
+
+    async def open(self, patience_s: float, *, allow_unprotected: bool) -> None:
+        """Meet every server: key, model name, context, fingerprint.
+
+        Args:
+            patience_s: how long each may take; one that does not answer is down until a probe finds it.
+            allow_unprotected: accept a server that is not on this machine and answers development routes (put to
+                sleep, load other weights ...) to anybody.
+
+        Raises:
+            ConfigError: a setting is wrong, no server answers, or they serve different models.
+        """
+        self.down = []
+        for endpoint in self.pool.endpoints:  # one after another: the first gives the reference
+            try:
+                await patiently(partial(self._meet, endpoint, allow_unprotected), patience_s)
+            except Fault as fault:
+                self.pool.take_down(endpoint)
+                self.down.append(f"{endpoint.url}: {fault.message}")
+        if len(self.down) == len(self.pool.endpoints):
+            raise ConfigError(
+                f"no server of {self.shown} answers: {'; '.join(self.down)}", "at least one",
+                f"start it, or check {self.settings.names.url}",
+            )  # fmt: skip
+
+    async def verify(self, endpoint: Endpoint) -> None:
+        """Take an endpoint's fingerprint and compare it.
+
+        Raises:
+            Fault: it gave none.
+            RunFailed: it serves another model than at the start.
+        """
+        began = monotonic()
+        values = await self._fingerprint(endpoint)
+        gap, new = self._gap(values), False
+        if gap is None:
+            self._reference, gap, new = values, 0.0, True
+        elif gap > self.tolerance:
+            values = await self._fingerprint(endpoint)  # once more: a single answer may be a single mistake
+            gap = self._gap(values) or 0.0
+        row = {
+            "time": time.time(), "route": self.name, "endpoint": str(endpoint.url), "model": self.settings.model,
+            "latency_s": round(monotonic() - began, 6), "token_hash": self.hash, "gap": gap,
+        }  # fmt: skip
+        self._ledger.add({**row, "fingerprint": values} if new else row)
+        if gap > self.tolerance:
+            raise RunFailed(
+                f"{endpoint.url} serves another model as {self.settings.model!r} than before: the log-probs of a fixed "
+                f"text differ by {gap:.3g} a token in the mean",
+                f"at most {self.tolerance:g}",
+                "serve the same weights everywhere and throughout a run, then continue with --resume",
+            )
+
+    def _gap(self, values: list[float]) -> float | None:
+        """Mean absolute difference from the reference; None without one."""
+        if self._reference is None:
+            return None
+        if len(values) != len(self._reference):
+            return float("inf")
+        return sum(abs(a - b) for a, b in zip(values, self._reference, strict=True)) / len(values)
+
+    async def _fingerprint(self, endpoint: Endpoint) -> list[float]:
+        try:
+            return (await self.score(endpoint, self.request)).value.logprobs
+        except RowRefused as error:
+            raise Refused(
+                f"{error} (asked to score {len(self.request.token_ids)} tokens)", "a server that scores them",
+                f"check that {self.settings.names.url} serves the teacher, with the student's vocabulary",
+            ) from None  # fmt: skip
+
+    async def _meet(self, endpoint: Endpoint, allow_unprotected: bool) -> None:
+        names = self.settings.names
+        if not (allow_unprotected or endpoint.url.loopback):
+            await self._refuse_unprotected(endpoint)
+        models = (await self.pool.exchange(endpoint, "/models", parse_models)).value
+        if self.settings.model not in models:
+            served = redact(", ".join(map(repr, models)), [endpoint.key]) or "none"
+            raise Refused(
+                f"{names.model} = {self.settings.model!r}: {endpoint.url} serves {served}",
+                "a name that it serves", f"change {names.model}",
+            )  # fmt: skip
+        context = models[self.settings.model]
+        if context is not None:
+            self.context = min(context, self.context or context)
+        try:
+            await self.verify(endpoint)
+        except RunFailed as error:
+            raise ConfigError(error.found, error.expected, error.remedy) from None
+
+    async def _refuse_unprotected(self, endpoint: Endpoint) -> None:
+        """Ask a development route that changes nothing, without a key."""
+        status, _, body, _ = await self._client.ask(
+            "GET", f"{endpoint.url.root}/is_sleeping", key=None, max_bytes=1 << 16
+        )
+        if status == 200 and b"is_sleeping" in body:
+            raise Refused(
+                f"{endpoint.url} answers development routes without a key: whoever reaches it can stop it or load "
+                "other weights",
+                "a server started without VLLM_SERVER_DEV_MODE, or one that only this machine reaches",
+                "restart it so, put it behind a tunnel, or set teacher.allow_unprotected_routes "
+                "(--allow-unprotected-routes)",
+            )
+
+
+class Servers:
+    """All routes, their client and its thread. ``close`` ends them; it may be called twice.
+
+    Args:
+        routes: by name; "" is the one for whatever no other is named for.
+        fingerprint: token ids that every teacher knows.
+        references: (route, token hash) -> fingerprint of an earlier sitting.
+    """
+
+    def __init__(
+        self,
+        routes: Mapping[str, RouteSettings],
+        fingerprint: Sequence[int],
+        *,
+        client: ClientSettings,
+        pool: PoolSettings,
+        tolerance: float = 0.05,
+        ledger: Ledger | None = None,
+        references: Mapping[tuple[str, str], list[float]] | None = None,
+    ) -> None:
+        assert len(fingerprint) >= 2, "a fingerprint needs two tokens"
+        self.ledger, self._settings = ledger or Ledger(None), client
+        self.thread = LoopThread("scope-teacher")
+        try:
+            self._client = HttpClient(
+                self.thread,
+                connect_timeout_s=client.connect_timeout_s,
+                read_timeout_s=client.read_timeout_s,
+                ca_bundle=client.ca_bundle,
+                connections=(pool.max_concurrency + 2) * sum(len(route.urls) for route in routes.values()),
+            )
+        except BaseException:
+            self.thread.close()
+            raise
+        self.routes = {
+            name: Route(
+                name, settings, self._client, pool, fingerprint, tolerance=tolerance, ledger=self.ledger,
+                reference=(references or {}).get((name, token_hash(fingerprint[:FINGERPRINT_TOKENS]))),
+            )
+            for name, settings in routes.items()
+        }  # fmt: skip
+
+    def open(self) -> list[str]:
+        """Meet every server of every route; returns a warning for each that is down.
+
+        Raises:
+            ConfigError: see ``Route.open``.
+        """
+
+        async def meet() -> None:
+            for route in self.routes.values():
+                await route.open(self._settings.start_s, allow_unprotected=self._settings.allow_unprotected)
+
+        self.thread.run(meet())
+        return [
+            f"{route.shown}: {line}; it is asked again later" for route in self.routes.values() for line in route.down
+        ]
+
+    def close(self) -> None:
+        self._client.close()
+        self.ledger.close()
+
+
+async def patiently(attempt: Callable[[], Awaitable[Answer]], patience_s: float) -> Answer:
+    """Try again for a while; a server that answers nonsense gets fewer chances than one that is busy."""
+    end, nonsense, wait_s = monotonic() + patience_s, 0, 0.1
+    while True:
+        try:
+            return await attempt()
+        except Fault as fault:
+            nonsense += isinstance(fault, BadAnswer)
+            if monotonic() + wait_s >= end or nonsense > 5:
+                raise
+        await asyncio.sleep(wait_s)
+        wait_s = min(2.0, 2 * wait_s)
+
+
+def fatal_in_a_run(error: ScopeError) -> RunFailed:
+    """A wrong setting that shows only once a run goes on is the run's failure: exit code 1, a checkpoint is kept."""
+    return error if isinstance(error, RunFailed) else RunFailed(error.found, error.expected, error.remedy)
