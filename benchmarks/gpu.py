@@ -48,7 +48,7 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM  # noqa
 
 from scope_opd import __version__  # noqa: E402
 from scope_opd.cli.engines import build_engines  # noqa: E402
-from scope_opd.cli.inputs import load_rows, render, student_tokenizer  # noqa: E402
+from scope_opd.cli.inputs import load_data, render, student_tokenizer  # noqa: E402
 from scope_opd.config import Config, load_config, validate_config  # noqa: E402
 from scope_opd.errors import ScopeError  # noqa: E402
 from scope_opd.models.loading import load_model, load_tokenizer, resolve_device  # noqa: E402
@@ -277,7 +277,7 @@ def sampler_against_generate(sizes: argparse.Namespace, student: Path, device: t
     """The same prompts, samples and number of tokens for both, in turn; medians over ``repeats`` rounds after one."""
     config = validate_config({"model": {"path": str(student)}, "data": {"max_rows": sizes.prompts}})
     tokenizer = student_tokenizer(config)
-    prompts = render(config, load_rows(config, "zoo", "train"), tokenizer, {}, max_tokens=0)
+    prompts = render(config, load_data(config, "zoo", "train").rows, tokenizer, {}, max_tokens=0)
     width = max(len(prompt.token_ids) for prompt in prompts)
     rows = [[0] * (width - len(prompt.token_ids)) + list(prompt.token_ids) for prompt in prompts]
     ids = torch.tensor(rows, device=device)

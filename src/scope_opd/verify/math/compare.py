@@ -154,7 +154,7 @@ def _unordered(found: tuple[Shape, ...], gold: tuple[Shape, ...], context: Conte
     extra: list[Shape] = []
     for item in found:
         for at, other in enumerate(rest):
-            if same(item, other, context):
+            if _is_braced(item) == _is_braced(other) and same(item, other, context):
                 del rest[at]
                 break
         else:
@@ -163,7 +163,13 @@ def _unordered(found: tuple[Shape, ...], gold: tuple[Shape, ...], context: Conte
         return False
     if extra and any(same(a, b, context) for i, a in enumerate(gold) for b in gold[i + 1 :]):
         return False  # a gold list in which numbers repeat: how often matters
-    return all(any(same(item, other, context) for other in gold) for item in extra)
+    return all(
+        any(_is_braced(item) == _is_braced(other) and same(item, other, context) for other in gold) for item in extra
+    )
+
+
+def _is_braced(shape: Shape) -> bool:
+    return isinstance(shape, Many) and shape.braces
 
 
 def _labels(items: tuple[Shape, ...]) -> list[str] | None:

@@ -54,6 +54,8 @@ def same_named(found: Shape, gold: Shape, context: Context) -> bool:
                 return same(found.value, gold.value, context)  # P = 1/6 for P(A) = 1/6
         calls = [_CALL.fullmatch(name) for name in names]
         if calls[0] and calls[1] and calls[0][1] == calls[1][1]:
+            if calls[0][2] != calls[1][2] and calls[1][2] in symbolic.symbols_of(latex_of(found.value)):
+                return False  # f(y) = 2x
             value = _renamed(found.value, calls[0][2], calls[1][2])
             return same(value, gold.value, context) or _same_constants(value, found, gold, context)
         for call in filter(None, calls):

@@ -21,6 +21,7 @@ _NOTHING = frozenset(
     {"nosolution", "nosolutions", "norealsolution", "norealsolutions", "emptyset", "none", "nosuchnumber"}
 )
 _INTEGRATED = re.compile(r"\+\s*[cC]$")
+_PARAMETER = re.compile(r"(?<![\\a-zA-Z])[abk]")
 _INFINITE = frozenset({"infinitelymany", "infinite", "infinity", "infinitelymanysolutions"})
 
 
@@ -79,7 +80,9 @@ def same_latex(found: Value, gold: Value, context: Context, factor: Fraction = F
         return same_number(scaled, gold.number, context.tolerance)
     if _same_family(found.latex, gold.latex):
         return True
-    if _INTEGRATED.search(found.latex) and _INTEGRATED.search(gold.latex):  # the constant of integration
+    if (
+        _INTEGRATED.search(found.latex) and _INTEGRATED.search(gold.latex) and not _PARAMETER.search(gold.latex)
+    ):  # the constant of integration
         found = replace(found, latex=found.latex[:-1] + gold.latex[-1])
     numbers = (found.number if factor == 1 else None, gold.number)
     return symbolic.same_formula(found.latex, gold.latex, context.tolerance, numbers, factor)
@@ -173,7 +176,7 @@ def same_words(found: str, gold: str) -> bool:
     left, right = words_of(found), words_of(gold)
     if len(found.strip()) == 1 or len(gold.strip()) == 1:
         return found.strip() == gold.strip()
-    if not left or not right:
+    if not left or not right or (found.count("'") != gold.count("'") and not re.search("[A-Za-z]{3}", found)):
         return False
     if left == right:
         return True
@@ -220,7 +223,8 @@ def same_words_and_value(found: Shape, gold: Shape, context: Context) -> bool:
         other = Value(number, read_number(number), value.percent, value.degrees, None)
         pair = (other, value) if isinstance(found, Words) else (value, other)
         return same_value(*pair, context)
-    if (
+    formula = re.search(r"[|()\[\]!']", value.latex) and r"\text" not in value.latex  # |a-b| is not a-b
+    if not formula and (
         value.unit
         or value.percent
         or value.degrees

@@ -379,4 +379,4 @@ def _words(inner: str, level: int) -> Shape:
         return _read(clean(inner), level + 1)
     if re.fullmatch(r"\(?[A-Z]\)?", inner):
         return Words(inner.strip("()"))
-    return _read(inner, level + 1) if re.search(r",|\band\b|\bor\b", inner) else Words(inner)
+    return _read(inner, level + 1) if re.search(r",|\band\b|\bor\b|\breal\b", inner) else Words(inner)

@@ -246,6 +246,8 @@ def same_parsed(left: Any, right: Any) -> bool | None:
     both = {*_variables(left), *_variables(right)}
     sides = _summed(_with_i(left)), _summed(_with_i(right))
     imaginary = any(side.has(I) for side in sides)
+    if not imaginary:
+        sides = _real_roots(sides[0]), _real_roots(sides[1])
     difference = sides[0] - sides[1]
     for point in _points(left, right, signed=len({str(s) for s in both}) < MIN_QUANTITIES):
         zero = _is_zero(difference.subs(point))
@@ -255,6 +257,18 @@ def same_parsed(left: Any, right: Any) -> bool | None:
             return False
         compared += zero is True
     return True if compared >= 3 else None
+
+
+def _real_roots(expression: Any) -> Any:
+    """With the real value, for negative numbers too, of roots of odd degree."""
+    from sympy import Abs, Pow, sign
+
+    roots = {
+        power: (sign(power.base) * Abs(power.base) ** (power.exp / power.exp.p)) ** power.exp.p
+        for power in expression.atoms(Pow)
+        if power.exp.is_Rational and power.exp.q % 2 == 1 and power.exp.q > 1 and power.base.free_symbols
+    }
+    return expression.xreplace(roots) if roots else expression
 
 
 def _is_real(expression: Any) -> bool:

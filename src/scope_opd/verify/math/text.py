@@ -85,6 +85,7 @@ _FUNCTION_WORD = re.compile(
     r"|\\(tg|ctg|arctg|arcctg|lg|sh|ch)(?![a-zA-Z])"
 )
 _PLUS_INFINITY = re.compile(r"(^|[(\[,;=<>]\s*)\+\s*\\infty")
+_BLACKBOARD = re.compile(r"\\mathbb\s+([A-Z])(?![a-zA-Z])")
 _EMPTY_TEXT = re.compile(r"\\text\s*\{\s*\}")
 _INDEX_WORD = re.compile(r"_\s*(?:\{\s*\\text\s*\{([^{}]*)\}\s*\}|\\text\s*\{([^{}]*)\})")
 _MOD = re.compile(
@@ -131,6 +132,7 @@ def clean(answer: str) -> str:
         text = _SIZES.sub("", text)
         text = _FRAC.sub(r"\\frac", text)
         text = _WORDS.sub(r"\\text{", text)
+        text = _BLACKBOARD.sub(r"\\mathbb{\1}", text)
         text = _EMPTY_TEXT.sub("", text).replace(r"\text{\$}", r"\$")
         text = _FUNCTION_WORD.sub(lambda m: "\\" + _FUNCTION_WORDS.get(m[1] or m[2], m[1] or m[2]) + " ", text)
         text = _PLUS_INFINITY.sub(r"\1\\infty", text)
