@@ -256,7 +256,8 @@ def test_each_kind_of_answer_has_its_own_limit(monkeypatch: pytest.MonkeyPatch, 
         seen.append((settings.timeout_s, settings.code_timeout_s))
         raise DataError("enough")
 
-    monkeypatch.setattr("scope_opd.verify.answers.build_answer_verifier", refuse)
+    for room in ("verify.answers", "cli.eval_responses"):
+        monkeypatch.setattr(f"scope_opd.{room}.build_answer_verifier", refuse)
     file = tmp_path / "r.jsonl"
     file.write_text('{"prediction": "1", "answer": "1"}\n')
     for options in (["--timeout-s", "3"], ["--code-timeout-s", "4"]):
