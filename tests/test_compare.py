@@ -97,13 +97,17 @@ def test_the_command_writes_tables_and_curves_and_warns_of_other_settings(
     three: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     warm = json.loads((three[2] / "results.json").read_text())
-    warm["settings"]["sampling"]["temperature"] = 1.0
+    warm["settings"]["sampling"] |= {"temperature": 1.0, "top_p": 0.5, "seed": 9}
+    warm["benchmarks"]["aime"]["data"]["partial"] = True
     warm["benchmarks"]["amc"]["data"]["content_sha256"] = "other"
     (three[2] / "results.json").write_text(json.dumps(warm))
     paths = [str(three[0]), str(three[1] / "results.json"), str(three[2])]
     assert main(["compare", *paths, "--out", str(tmp_path / "out")]) == 0
     output = capsys.readouterr()
     assert "sampling.temperature differs: 0.6 (base), 1.0 (other)" in output.err
+    assert "sampling.top_p differs: null (base), 0.5 (other)" in output.err
+    assert "seed" not in output.err
+    assert "Only the first problems of aime: not comparable with figures of the whole." in output.out
     assert 'amc: data content_sha256 differs: "hash-amc" (base), "other" (other)' in output.err
     assert "macro" in output.out
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
@@ -113,6 +117,7 @@ def test_the_command_writes_tables_and_curves_and_warns_of_other_settings(
     assert drawn.count(b"<svg") == 1
     table = (tmp_path / "out" / "comparison.md").read_text()
     assert "**Warning:**" in table
+    assert "Only the first problems of aime" in table
     assert "| aime | Pass@8 | better |" in table
     assert main(["compare", *paths, "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "passk.svg").read_bytes() == drawn

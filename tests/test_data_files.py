@@ -377,3 +377,27 @@ class TestAdapters:
             check_answer(gold)
             several += len(parse_math_gold(gold).alternatives[0]) > 1
         assert several > 80
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        ({"format": "stdio", "tests": [{"input": "1", "output": "1"}, {"input": 1}]}, "test 2: input is 1 (int)"),
+        ({"format": "stdio", "tests": [{"input": "1"}]}, "test 1: output is None"),
+        ({"format": "stdio", "tests": [{"input": "1", "output": "1"}], "tolerance": "x"}, "tolerance = 'x'"),
+        ({"format": "functional", "tests": [{"args": [], "output": 1}]}, "test 1: fn_name is None"),
+        ({"format": "functional", "fn_name": "f", "tests": [{"output": 1}]}, "test 1: no args"),
+        ({"format": "functional", "fn_name": "f", "tests": [{"args": [1]}]}, "test 1: no output"),
+        ({"format": "functional", "fn_name": "f", "tests": [{"args": [], "output_any_of": []}]}, "output_any_of is []"),
+        ({"format": "functional", "tests": [{"check": 1}]}, "test 1: check is 1"),
+        ({"format": "functional", "tests": [{"check": "x"}, {"args": []}]}, "check code beside calls"),
+    ],
+)
+def test_code_without_the_tests_that_its_format_needs_is_a_bad_row(
+    answer: dict[str, Any], found: str, tmp_path: Path
+) -> None:
+    sound = {"format": "functional", "fn_name": "f", "tests": [{"input": "1\n2", "output": None}]}
+    rows = [{"problem": "p", "answer": answer}, {"problem": "q", "answer": sound}]
+    data = read_dataset(write_lines(tmp_path / "r.jsonl", rows), on_bad_row="skip")
+    assert [row.problem for row in data.rows] == ["q"]
+    assert found in data.skipped[0].reason

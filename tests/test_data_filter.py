@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
-from scope_opd.cli.data_filter import RatesFile, batch_size, filter_seed, parse_range
+from scope_opd.cli.data_filter import RatesFile, batch_size, described, filter_seed, parse_range
 from scope_opd.cli.main import main
 from scope_opd.config import load_config
+from scope_opd.data.dataset import DataSet
 from scope_opd.errors import ConfigError, RunFolderError
 from scope_opd.evaluate.run import evaluation_seed
 from shared_data import data_file
@@ -237,3 +238,43 @@ class TestTraining:
         assert main(["doctor", str(tmp_path / "my.toml"), *options]) == 1
         out = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
         assert "verifier FAIL prompt 'row-000001': test defines no check" in out
+
+
+class TestDescribed:
+    def test_rates_belong_to_contents_and_not_to_times(self, model: Path, tmp_path: Path) -> None:
+        template = tmp_path / "t.jinja"
+        template.write_text("{{ messages[0].content }}")
+        rows = DataSet("r.jsonl", [])
+        config = load_config(None, [f"model.path={model}", f"chat.template={template}"])
+        before = described(config, rows, 2)
+        for file in model.iterdir():
+            os.utime(file, (1, 1))
+        assert described(config, rows, 2) == before
+        template.write_text("{{ messages[0].content }}!")
+        other = described(config, rows, 2)
+        assert other["chat"]["template_sha256"] != before["chat"]["template_sha256"]
+        (model / "pytorch_model.bin").write_bytes(b"other weights")
+        assert described(config, rows, 2)["model"]["sha256"] != before["model"]["sha256"]
+
+    @pytest.mark.parametrize(
+        ("setting", "message"),
+        [
+            ("model.path=zoo:studnt", "zoo:studnt"),
+            ("train.device=gpu", "device 'gpu'"),
+            ("chat.template=gone.jinja", "gone.jinja"),
+            ("data.train=gone.jsonl", "gone.jsonl does not exist"),
+        ],
+    )
+    @pytest.mark.parametrize("command", ["filter", "train"])
+    def test_slips_are_told_before_torch_is_loaded(
+        self, command: str, setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "my.toml").write_text("")
+        place = str(tmp_path / "my.toml")
+        arguments = {
+            "filter": ["data", "filter", place, "--out", str(tmp_path / "out.jsonl")],
+            "train": ["train", place, "--run-dir", str(tmp_path / "run")],
+        }[command]
+        assert main([*arguments, "--set", setting]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line

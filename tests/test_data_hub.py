@@ -15,10 +15,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from scope_opd.cli.main import main
 from scope_opd.data import hub
 from scope_opd.data.dataset import read_dataset, read_raw
 from scope_opd.data.rows import Columns
 from scope_opd.errors import DataError
+from tiny import save_pair
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -174,6 +176,35 @@ class TestHub:
         assert asked == [("some/set", "main", COMMIT)]
         assert data.revision == COMMIT
         assert len(data.rows) == 2
+
+    def test_a_run_goes_on_with_its_commit_when_the_branch_has_moved(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def load(source: hub.HubSource) -> hub.HubTable:
+            import datasets
+
+            commit = source.revision or branch[0]
+            rows = [{"id": f"{commit[0]}{i}", "problem": "p", "answer": "1"} for i in range(4)]
+            return hub.HubTable(source, datasets.Dataset.from_list(rows), commit)
+
+        branch = ["a" * 40]
+        monkeypatch.setattr("scope_opd.data.dataset.load_hub", load)
+        save_pair(tmp_path / "model", context=256)
+        (tmp_path / "my.toml").write_text("")
+        settings = [
+            f"model.path={tmp_path / 'model'}", f"teacher.path={tmp_path / 'model'}", "data.train=hf:some/set",
+            "data.verifier=boxed", "objective.truncated=incorrect", "rollout.n=2", "rollout.max_tokens=4",
+            "train.prompts_per_step=2", "train.threads=1", "run.export=false",
+        ]  # fmt: skip
+        run = tmp_path / "run"
+        command = ["train", str(tmp_path / "my.toml"), "--run-dir", str(run)]
+        command += [part for value in settings for part in ("--set", value)]
+        assert main([*command, "--set", "train.steps=1"]) == 0
+        branch[0] = "b" * 40
+        assert main([*command, "--set", "train.steps=2", "--resume"]) == 0, capsys.readouterr().err
+        assert json.loads((run / "run.json").read_text())["data"]["train"]["revision"] == "a" * 40
+        rollouts = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+        assert {row["group"][0] for row in rollouts} == {"a"}
 
     def test_a_hub_that_cannot_be_reached_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import huggingface_hub

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from scope_opd.cli import eval_progress
 from scope_opd.cli.eval_settings import sampling_options
 from scope_opd.cli.main import main
 from scope_opd.evaluate.metrics import pass_at_k
+from scope_opd.evaluate.tables import notes
 from shared_data import data_file, data_rows
 from tiny import save_pair
 
@@ -401,3 +407,71 @@ def test_mistakes_in_responses_are_one_line_with_a_remedy(
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1
     assert message in error[0]
+
+
+def test_a_responses_file_that_is_not_there_is_named_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--responses", str(tmp_path / "gone"), "--out", str(tmp_path / "out")]) == 2
+    assert "gone does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "zoo:studnt"], "model path 'zoo:studnt'"),
+        (["--model", "zoo:student", "--device", "gpu"], "device 'gpu'"),
+        (["--model", "zoo:student", "--template", "gone.jinja"], "--template = 'gone.jinja'"),
+        (["--model", "zoo:student", "--benchmark", "mine=gone.jsonl"], "gone.jsonl does not exist"),
+    ],
+)
+def test_what_can_be_known_without_torch_is_said_before_it_is_loaded(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "--benchmark", "zoo", *options, "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()  # without "loading torch ..."
+    assert message in line
+
+
+def test_the_cheap_checks_load_no_torch() -> None:
+    script = "import sys, scope_opd.cli.early, scope_opd.evaluate.loading; sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == 0
+
+
+def test_a_long_silence_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eval_progress, "_SILENCE_S", 0.1)
+    said: list[float] = []
+    enough = threading.Event()
+
+    def say(seconds: float) -> None:
+        said.append(seconds)
+        if len(said) == 3:
+            enough.set()
+
+    heartbeat = eval_progress.Heartbeat(say, 0.2)
+    heartbeat.start()
+    assert enough.wait(30)
+    heartbeat.close()
+    assert said == sorted(said)
+    assert said[0] >= 0.1
+    count = len(said)
+    time.sleep(0.5)
+    assert len(said) == count
+
+
+def test_the_line_in_a_silence_says_what_goes_on_and_for_how_long() -> None:
+    stream = io.StringIO()
+    progress = eval_progress.PlainProgress(Console(file=stream), eval_progress.Meter(), "decoding")
+    progress.begin(0, 8)
+    progress.benchmark("aime24")
+    progress._silent(30.2)
+    progress.close()
+    assert stream.getvalue() == "aime24  0/8 samples  decoding, 0:30\n"
+
+
+def test_a_benchmark_that_was_mostly_cut_off_has_a_note(zoo: Path) -> None:
+    results = results_of(zoo)
+    assert not any("ran into" in line for line in notes(results))
+    results["benchmarks"]["zoo"]["metrics"]["truncated"] = 0.62
+    assert "zoo: 62.0 % of the samples ran into --max-tokens 64: its figures measure" in "\n".join(notes(results))
+    results["settings"]["benchmarks"] = None
+    assert "ran into their token limit" in "\n".join(notes(results))

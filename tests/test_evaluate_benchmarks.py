@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from scope_opd.data.hub import parse_hub
+from scope_opd.data.rows import Columns
 from scope_opd.errors import DataError
 from scope_opd.evaluate import adapters
 from scope_opd.evaluate.benchmarks import TABLE
@@ -190,3 +191,25 @@ def test_the_documented_table_is_the_table() -> None:
     for name, entry in TABLE.items():
         for value in (entry.hub, entry.subset, entry.rows, entry.copy_rows, (entry.revision or "")[:10], entry.checked):
             assert str(value or "") in lines[name]
+
+
+def test_a_file_that_is_not_the_checked_copy_is_said_so() -> None:
+    found = load(f"aime24={data_file('eval/aime24.jsonl')}")
+    assert (found.data["checked_copy"], found.notes) == (True, [])
+    other = load(f"aime24={data_file('eval/aime25.jsonl')}")
+    assert other.data["checked_copy"] is False
+    (note,) = other.notes
+    assert "is not the copy that was checked (sha256 a064406e4f, not 5126362d4a)" in note
+
+
+def test_where_nothing_was_checked_nothing_is_said(tmp_path: Path) -> None:
+    own = write(tmp_path / "q.jsonl", [{"problem": "p", "answer": "1"}])
+    for found in (load("zoo", problems=2), load(f"mine={own}")):
+        assert (found.data["checked_copy"], found.notes) == (None, [])
+
+
+def test_columns_of_one_s_own_set_may_have_other_names(tmp_path: Path) -> None:
+    rows = [{"question": "p", "gold": "1", "key": "a"}, {"question": "q", "gold": "2", "key": "b"}]
+    path = write(tmp_path / "q.jsonl", rows)
+    found = load(f"mine={path}", columns=Columns("question", "gold", "key"))
+    assert [(row.id, row.problem, row.answer) for row in found.rows] == [("a", "p", "1"), ("b", "q", "2")]

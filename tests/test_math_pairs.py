@@ -1,7 +1,7 @@
 """The maths verifier agrees with pairs labelled by hand (``math_pairs.jsonl``), and no attack or bomb wins.
 
 The labels say what a careful mathematician who grades final answers would say; they were written without knowledge of
-the verifier's rules (but for the kinds ``blind-3`` and ``blind-4``). Each row: ``kind``, ``form``, ``prediction``,
+the verifier's rules (but for the kinds ``blind-3`` to ``blind-5``). Each row: ``kind``, ``form``, ``prediction``,
 ``answer`` (a gold answer in any of its forms), ``expected``, and for some ``problem`` and ``tolerance``. Not covered:
 the labelled pairs of other projects, which are not part of this one.
 """

@@ -19,7 +19,7 @@ from scope_opd.config import validate_config
 from scope_opd.errors import RunFailed, RunFolderError
 from scope_opd.records import iter_jsonl
 from scope_opd.train import RunInterrupted, train
-from scope_opd.train.resume import refuse_other_config, refuse_other_data
+from scope_opd.train.resume import recorded_revisions, refuse_other_config, refuse_other_data
 from scope_opd.train.runfolder import PHASES, RunFolder
 from scope_opd.train.signals import Interrupted
 from train_kit import fake_evaluator, lasting, make_config, make_engines, same_weights, weights_of
@@ -397,3 +397,11 @@ def test_a_run_does_not_go_on_with_other_data_under_the_same_name(tmp_path: Path
         refuse_other_data(tmp_path, {"train": {"source": "t.jsonl", "sha256": "bb", "revision": None}})
     (tmp_path / "run.json").write_text("{}")  # written before data sets were recorded
     refuse_other_data(tmp_path, {"train": {"source": "t.jsonl", "sha256": "bb"}})
+
+
+def test_a_resumed_run_asks_for_the_commit_that_it_began_with(tmp_path: Path) -> None:
+    about = {"train": {"source": "hf:a/b", "revision": "c" * 40}, "eval": {"source": "r.jsonl", "revision": None}}
+    (tmp_path / "run.json").write_text(json.dumps({"data": about}))
+    assert recorded_revisions(tmp_path, {"train": "hf:a/b", "eval": "r.jsonl"}) == {"train": "c" * 40}
+    assert recorded_revisions(tmp_path, {"train": "hf:a/other", "eval": None}) == {}
+    assert recorded_revisions(tmp_path / "none", {"train": "hf:a/b"}) == {}

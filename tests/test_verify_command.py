@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -214,6 +215,55 @@ def test_a_program_may_wait_for_each_verdict() -> None:
             assert (found["id"], found["correct"]) == (number, True)
         process.stdin.close()
         assert process.wait(60) == 0
+
+
+def test_an_interrupted_command_prints_no_row_that_it_did_not_judge() -> None:
+    loop = {"format": "functional", "fn_name": "f", "tests": [{"args": [], "output": 1}]}
+    rows = [
+        {"prediction": "3", "answer": "3"},
+        {"prediction": "```python\ndef f():\n    while True: pass\n```", "answer": loop},
+        {"prediction": "4", "answer": "4"},
+    ]
+    command = [*COMMAND, "-", "--allow-unsandboxed", "--code-timeout-s", "120"]
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["id"] == 1
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stdout.read() == b""
+        assert process.stderr.read().decode() == "interrupted: 1 row judged; the output is partial\n"
+
+
+def test_keys_of_other_names_are_mapped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"response": "3", "gold": "3", "answer": "no gold answer"}, {"response": "3", "answer": "3"}]
+    mapped = ["--map", "prediction=response", "--map", "answer=gold"]
+    code, found, err = judge(tmp_path, capsys, rows, *mapped)
+    assert (code, verdicts(found)) == (2, [True])
+    assert "line 2: no column 'gold', found response, answer; expected it in every row; name it with --map" in err
+    assert judge(tmp_path, capsys, rows, "--map", "gold=answer")[0] == 2
+
+
+def test_each_kind_of_answer_has_its_own_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = []
+
+    def refuse(settings: VerifyConfig, *_: Any) -> Any:
+        seen.append((settings.timeout_s, settings.code_timeout_s))
+        raise DataError("enough")
+
+    for room in ("verify.answers", "cli.eval_responses"):
+        monkeypatch.setattr(f"scope_opd.{room}.build_answer_verifier", refuse)
+    file = tmp_path / "r.jsonl"
+    file.write_text('{"prediction": "1", "answer": "1"}\n')
+    for options in (["--timeout-s", "3"], ["--code-timeout-s", "4"]):
+        assert main(["verify", str(file), *options]) == 2
+        assert main(["eval", "--responses", str(file), "--out", str(tmp_path / "out"), *options]) == 2
+    assert seen == [(3.0, 10.0)] * 2 + [(5.0, 4.0)] * 2
 
 
 def test_a_pipe_closed_early_is_fine(tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -158,6 +157,7 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> None:
         RunFailed: of the first job that failed; the others are ended.
     """
     import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
 
     from scope_opd.cli.demo_jobs import begin_worker, run_job
 
@@ -171,7 +171,7 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in processes:
                 process.terminate()
-            if isinstance(error, BrokenProcessPool):  # of submit: no job has begun
+            if isinstance(error, BrokenExecutor):  # of submit: no job has begun
                 raise RunFailed("a worker process died at its start", "workers that live", "try scope doctor") from None
             raise
         pool.shutdown()
@@ -234,7 +234,7 @@ def _failure(future: Future[str | None]) -> str | None:
     error = future.exception()
     if error is None:
         return future.result()
-    if isinstance(error, BrokenProcessPool):
+    if isinstance(error, BrokenExecutor):
         return "its worker process died (killed, or short of memory)"
     return f"{type(error).__name__}: {error}"
 

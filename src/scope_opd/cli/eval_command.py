@@ -24,13 +24,10 @@ from scope_opd.cli.eval_settings import (
     in_options,
     sampling_options,
     typed_tolerance,
-    verify_options,
 )
 from scope_opd.errors import ConfigError
-from scope_opd.words import counted
 
 if TYPE_CHECKING:
-    from scope_opd.config import Config
     from scope_opd.data.rows import Columns
     from scope_opd.evaluate.benchmarks import Benchmark
     from scope_opd.evaluate.session import Task
@@ -197,8 +194,10 @@ def evaluate(
                 option = "--" + name.replace("_", "-")
                 raise ConfigError(f"{option} with --responses", "options of judging alone", f"leave {option} out")
         config = build_config("zoo:student", None, {}, {}, verify=verify)
-        name = _responses_name(responses, benchmark or [])
-        return run(out, lambda: _from_responses(responses, name, map_ or [], config))
+        from scope_opd.cli.eval_responses import from_responses, responses_name
+
+        name = responses_name(responses, benchmark or [])
+        return run(out, lambda: from_responses(responses, name, map_ or [], config))
     if not benchmark:
         raise ConfigError("no --benchmark", "at least one", "for example --benchmark aime24, or NAME=PATH")
     assert model is not None
@@ -369,58 +368,3 @@ def _own_columns(mapped: Sequence[str], named: Sequence[tuple[Benchmark, str | N
         )
     plain = Columns()
     return Columns(found.get("problem", plain.problem), found.get("answer", plain.answer), found.get("id", plain.id))
-
-
-def _responses_name(path: Path, named: Sequence[str]) -> str:
-    """What the results call a file of responses: two models' files are compared under one name."""
-    if len(named) > 1 or any("=" in name or not name.strip() for name in named):
-        raise ConfigError(
-            f"--benchmark {' --benchmark '.join(named)} with --responses", "one name without a path", "mend it"
-        )
-    return named[0].strip() if named else path.name.split(".")[0] or "responses"
-
-
-def _from_responses(path: Path, name: str, mapped: Sequence[str], config: Config) -> Prepared:
-    from scope_opd.data.dataset import file_sha256
-    from scope_opd.data.mapping import parse_map
-    from scope_opd.evaluate.loading import content_sha256
-    from scope_opd.evaluate.responses import FIELDS, StoredSampler, read_responses
-    from scope_opd.evaluate.session import Task
-    from scope_opd.types import SamplingParams
-    from scope_opd.verify.answers import build_answer_verifier
-
-    source = path.expanduser()
-    columns = parse_map(mapped, FIELDS)
-    found = read_responses(source, columns, name=name)
-    sha256 = file_sha256(source)
-    verifier = build_answer_verifier(config.verify)
-    try:
-        verifier.prepare(found.prompts)
-    except BaseException:
-        verifier.close()
-        raise
-    counts = {prompt: len(rollouts) for prompt, rollouts in found.rollouts.items()}
-    params = SamplingParams(n=max(counts.values()), temperature=1.0, max_tokens=1, stop_token_ids=(), seed=0)
-    settings = {
-        "source": {"kind": "responses", "responses": str(path), "sha256": sha256, "benchmark": name},
-        "columns": columns,
-        "verifier": verify_options(config.verify),
-    }
-    rows = sum(counts.values())
-    data = {
-        "source": str(path),
-        "sha256": sha256,
-        "revision": None,
-        "content_sha256": content_sha256((prompt.id, prompt.problem, prompt.answer) for prompt in found.prompts),
-        "rows": len(found.prompts),
-        "partial": False,
-    }
-    lines = [f"{counted(rows, 'response')} to {counted(len(found.prompts), 'problem')}"]
-    if not found.grouped:
-        lines.append("note: no problem_id, so each row is a problem of its own (--map problem_id=COLUMN names it)")
-    task = Task(name, found.prompts, counts, params, verifier, batch_problems=_JUDGED_TOGETHER)
-    return Prepared([task], settings, {name: data}, lambda: StoredSampler(found.rollouts), verifier.close, lines)
-
-
-_JUDGED_TOGETHER = 64
-"""Problems a batch where nothing is sampled."""

@@ -15,6 +15,7 @@ Not covered: answers in a language other than English that carry no box.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -53,8 +54,8 @@ _FORMULA = re.compile(
     re.DOTALL,
 )
 _NUMBER = re.compile(
-    r"(?<![A-Za-z0-9_.,^\\])(?:[$€£¥]\s?)?[-−+]?(?:[$€£¥]\s?)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+)?"
-    r"(?<=[0-9])(?:[eE][+-]?[0-9]+)?(?:\s*/\s*-?[0-9]+)?(?:\s*\\?%|\s*°|\s*(?:percent|pct)\b"
+    r"(?<![A-Za-z0-9_.,^\\√])(?:[$€£¥]\s?)?[-−+]?(?:[$€£¥]\s?)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+)?"
+    r"(?<=[0-9])(?:√[0-9]+)?(?:[eE][+-]?[0-9]+)?(?:\s*/\s*-?[0-9]+)?(?:\s*\\?%|\s*°|\s*(?:percent|pct)\b"
     r"|(?:mm|cm|dm|km|m|kg|mg|g|mL|ml|L|h|s)[²³]?(?=[\s.,;)]|$))?(?![A-Za-z0-9_]|\.?[0-9])"
 )
 _SENTENCE_END = re.compile(r"\n|(?<=[^\d\s])[.!?](?=\s|$)|(?<=\d)[.!?](?=\s|$)")
@@ -64,11 +65,12 @@ _HEDGES = re.compile(
 )
 _DENIED = re.compile(
     r"(?:\b(?:not|never|except|but|without|than|most|least|above|below|under|over|beyond|between|instead\s+of"
-    r"|(?:not|n't|cannot|can't)\s+(?:be|equal|equal\s+to))|n't)\s*(?:\*\*|\$)?\s*$",
+    r"|(?:not|n't|cannot|can't)\s+(?:be|equal|equal\s+to))|n't|[<>≤≥]=?)\s*(?:\*\*|\$)?\s*$",
     re.IGNORECASE,
 )
 
 
+_JOINT = re.compile(r"\s*(?:,|(,?\s*(?:and|or)))\s*")
 _CONTRAST = re.compile(
     r"(?<=[0-9$)%])\s*,\s*(?:and\s+)?(?:not|rather\s+than|instead\s+of)\s+(?:\$[^$\n]{1,40}\$|-?[0-9][0-9.,/]*%?)\s*[.!]?\s*$"
 )
@@ -262,7 +264,12 @@ def last_value(text: str) -> str | None:
         return _denial(text[: number.start()]) + number[0].strip() + _known_unit(text[number.end() :])
     if formulas:
         unit = re.match(r"\s*(?:\\?%|percent\b|pct\b)", text[tail:])
-        return _denial(text[: formulas[-1].start()]) + _inside(formulas[-1]) + (r"\%" if unit else "")
+        first = len(formulas) - 1  # "$2$ and $3$": all of them
+        joints = [_JOINT.fullmatch(text, a.end(), b.start()) for a, b in itertools.pairwise(formulas)]
+        while first and (joint := joints[first - 1]) and (joint[1] or first < len(formulas) - 1):
+            first -= 1
+        run = ", ".join(map(_inside, formulas[first:]))
+        return _denial(text[: formulas[first].start()]) + run + (r"\%" if unit else "")
     return None
 
 

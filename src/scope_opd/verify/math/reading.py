@@ -235,6 +235,8 @@ def _single(text: str, level: int) -> Shape:
         return Named(f"mod {residue[2]}", _read(residue[1], level + 1))  # 7 (mod 12)
     if label := _LABEL.fullmatch(text):
         return Named(label[1].strip().casefold(), _read(label[2], level + 1))
+    if (curve := re.fullmatch(r"[a-zA-Z]\s*:\s*([^:]*[xy][^:]*=[^:]+)", text)) is not None:
+        return _read(curve[1], level + 1)  # l: x + y = 3
     if name := set_name(text):
         return Named(squeezed(name), _read(text[text.index("=") + 1 :], level + 1))
     for operation, sign in _OPERATIONS.items():

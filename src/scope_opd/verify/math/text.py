@@ -45,7 +45,7 @@ _SPACES = re.compile(
 _NEGATIVE_SPACE = re.compile(r"\\!")
 _FRAC = re.compile(r"\\(?:dfrac|tfrac|cfrac)(?![a-zA-Z])")
 _WORDS = re.compile(
-    r"\\(?:textbf|textit|textrm|textsf|texttt|textnormal|textsc|mathrm|mbox|hbox|emph|operatorname\*?)\s*\{"
+    r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|textsc|mathrm|mbox|hbox|emph|operatorname\*?)\s*\{"
 )
 _FONTS = re.compile(r"\\(?:mathbf|boldsymbol|mathit|mathsf|bm|pmb|vec|overrightarrow|rm|bf|it)(?![a-zA-Z])\s*")
 _RENAMED = {
@@ -98,7 +98,7 @@ _BRACED_COMMA = re.compile(r"\{\s*,\s*\}")
 _OPEN, _CLOSE = "([{", ")]}"
 _STRAY_STOP = re.compile(r"\.(?=\s*[)\]}]|\s*\\\})(?<![0-9.]\.\.)")
 _SHORT_FRAC = re.compile(
-    r"\\frac\s*(?:\{([^{}]*)\}|([0-9a-zA-Z])|(\\[a-zA-Z]+))\s*(?:\{([^{}]*)\}|([0-9a-zA-Z])|(\\[a-zA-Z]+))"
+    r"\\frac(?!\s*\{[^{}]*\}\s*\{)\s*(?:\{([^{}]*)\}|([0-9a-zA-Z])|(\\[a-zA-Z]+))\s*(?:\{([^{}]*)\}|([0-9a-zA-Z])|(\\[a-zA-Z]+))"
 )
 _SHORT_ROOT = re.compile(r"\\sqrt\s*(\[[0-9a-z]\])?\s*([0-9a-zA-Z])")
 
