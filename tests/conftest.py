@@ -10,6 +10,14 @@ import torch
 
 from shared_data import DATA, NO_DATA
 
+# Tests against real vLLM servers have an environment and a command of their own (make test-serving).
+collect_ignore = [] if os.environ.get("SCOPE_VLLM_PYTHON") else ["serving"]
+
+
+def pytest_report_header() -> str:
+    """What this run leaves out."""
+    return "tests/serving: not collected (make test-serving)" if collect_ignore else "tests/serving: real vLLM servers"
+
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
@@ -22,23 +30,15 @@ def threads() -> Iterator[None]:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """With SCOPE_NO_SKIPS=1 (as in CI) a test that skips fails the run: a missing part must not look like success.
 
-    Only a checkout that has no benchmark data beside it may do without the tests that read them, and the tests against
-    real vLLM servers are skipped where ``make test-serving`` does not name one.
+    Only a checkout that has no benchmark data beside it may do without the tests that read them.
     """
     if not os.environ.get("SCOPE_NO_SKIPS") or hasattr(session.config, "workerinput"):
         return
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    skipped = [
-        report for report in reporter.stats.get("skipped", []) if not (_lacks_data(report) or _needs_vllm(report))
-    ]
+    skipped = [report for report in reporter.stats.get("skipped", []) if not _lacks_data(report)]
     if skipped:
         reporter.write_line(f"SCOPE_NO_SKIPS: {len(skipped)} tests skipped, the first {skipped[0].nodeid}", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def _needs_vllm(report: pytest.TestReport) -> bool:
-    """Tests against real servers have an environment and a command of their own (make test-serving)."""
-    return "no SCOPE_VLLM_PYTHON" in str(report.longrepr)
 
 
 def _lacks_data(report: pytest.TestReport) -> bool:
