@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,11 @@ from shared_data import DATA, NO_DATA
 
 # Tests against real vLLM servers have an environment and a command of their own (make test-serving).
 collect_ignore = [] if os.environ.get("SCOPE_VLLM_PYTHON") else ["serving"]
+
+
+# A shell's background job ignores SIGINT, and so would every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:
