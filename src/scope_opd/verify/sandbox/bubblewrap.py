@@ -6,7 +6,7 @@ temporary folder of bounded size, the only place that can be written; nothing of
 ``/proc``, no ``/home``, no ``/root``. No network, an own process namespace in which the driver is the first process
 (when it ends the kernel ends every other one, and it ends when we do: ``guard``), an empty environment.
 
-The interpreter may lie in a folder that only its owner may enter (``/root/.pyenv``). That decides who drops privileges
+The interpreter may lie in a folder that only its owner may enter (a home folder). That decides who drops privileges
 when: run by root, bubblewrap binds the folders as root, keeps nothing but the right to change the user, and the driver
 changes to a user id of its own before the first foreign line (``driver.enter``): RLIMIT_NPROC does not bind root, and
 one id for every sandbox keeps one from using up another's processes. Where root may not create namespaces (in some
