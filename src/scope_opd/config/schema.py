@@ -1,0 +1,51 @@
+"""All tables of a run together, and the rules that hold between them."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from scope_opd.config.base import Table
+from scope_opd.config.servers import RolloutConfig, ServingConfig, TeacherConfig
+from scope_opd.config.tables import (
+    ChatConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    RunConfig,
+    TrainConfig,
+    VerifyConfig,
+)
+
+
+class Config(Table):
+    """All tables of a run."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    verify: VerifyConfig = Field(default_factory=VerifyConfig)
+    chat: ChatConfig = Field(default_factory=ChatConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    serving: ServingConfig = Field(default_factory=ServingConfig)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
+
+    @model_validator(mode="after")
+    def _between_tables(self) -> Config:
+        plain = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+        for name, neutral in plain.items():
+            value = getattr(self.rollout, name)
+            if value != neutral:
+                raise ValueError(
+                    f"rollout.{name} = {value}; expected {neutral}: a cut or penalised distribution has no simple "
+                    f"importance ratio; remove it from [rollout] (it is allowed in [eval])"
+                )
+        if self.teacher.served and self.objective.distill == "full_kl":
+            raise ValueError(
+                "objective.distill = 'full_kl' with a teacher behind servers; expected 'sampled', since servers give "
+                "no logits; load the teacher in process (teacher.path without base_urls), or set objective.distill"
+            )
+        return self
