@@ -78,9 +78,12 @@ class Rollout:
         masked: True when the rollout takes no part in the update (truncated and ignored, unscored, no verdict).
         mask_reason: why: "truncated", "no_verdict", "unscored", "empty", "method"; None when not masked.
         loss_mask: one 0/1 for each response token; None means all ones.
+        teacher_mask: one 0/1 for each response token, 0 where the teacher's log-prob is not to be used (an end token
+            that it does not know as one); NLL_T and the distillation term leave those out. None means all ones.
         sampling: temperature, seed and whatever else describes the draw.
         teacher_topk: optional top-k rows of the teacher, one for each response token.
-        policy_versions: spans ``[first_token, last_token_exclusive, version]`` when weights changed in flight.
+        policy_versions: spans ``[first_token, last_token_exclusive, version]`` of a rollout that servers sampled; more
+            than one where weights changed in flight. ``policy_version`` is the first one's.
     """
 
     id: str
@@ -102,6 +105,7 @@ class Rollout:
     masked: bool = False
     mask_reason: str | None = None
     loss_mask: list[int] | None = None
+    teacher_mask: list[int] | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     teacher_topk: list[dict[str, float]] | None = None
     policy_versions: list[list[int]] | None = None
@@ -132,11 +136,13 @@ class TeacherScore:
         logprobs: one for each response token, already floored; None when the teacher could not score it.
         floored: how many tokens were raised to the floor.
         tries: requests that it took a server; 0 in process.
+        mask: see ``Rollout.teacher_mask``.
     """
 
     logprobs: list[float] | None
     floored: int = 0
     tries: int = 0
+    mask: list[int] | None = None
 
 
 @runtime_checkable
@@ -188,3 +194,34 @@ class StepTeacher(Teacher, Protocol):
     async def end_step(self) -> list[str]:
         """After the last score of a step; returns lines for the user. If it raises, the step is not taken."""
         ...
+
+
+@runtime_checkable
+class WeightPublisher(Protocol):
+    """Brings the student's weights to samplers that hold a copy of their own (servers).
+
+    Called by the trainer's thread alone. ``close`` may be called twice.
+    """
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Have every usable sampler hold, and confirm, the student's weights as they are now.
+
+        Args:
+            version: optimiser steps behind them. One that is published already costs nothing.
+
+        Returns:
+            Seconds by part, such as ``{"export": 0.1, "load": 0.4, "probe": 0.1}``; empty if nothing was to be done.
+
+        Raises:
+            RunFailed: no sampler could be brought there, or one serves other numbers than the trainer's.
+        """
+        ...
+
+    def release(self) -> None:
+        """Generation is over for now and the trainer needs the room: samplers on its own GPU go to sleep.
+
+        Does nothing for samplers elsewhere. ``publish`` wakes them.
+        """
+        ...
+
+    def close(self) -> None: ...

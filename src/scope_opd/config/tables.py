@@ -127,8 +127,8 @@ class ObjectiveConfig(Table):
     ``preset``: "paper", "as_released" or "as_documented" (see ``PRESETS``); None is the paper's formula with truncated
     rollouts ignored. ``aggregation``, ``clip`` and ``dual_clip`` default to what the method declares; "off" is no clip
     whatever it declares.
-    ``end_token``: how the teacher judges the token that ends a response where its own end tokens are others: as any token
-    ("score"), not at all ("exclude"), or as if the teacher's own had been drawn ("map").
+    ``end_token``: how the teacher judges the token that ends a response where its own end tokens are others: as any
+    token ("score"), not at all ("exclude"), or as if the teacher's own had been drawn ("map").
     ``reward_threshold``: a rollout whose reward is at least this is correct, where a verifier gives rewards that are
     not 0 or 1. ``method_settings`` go to methods of your own; ``plugins`` names the modules that register them.
     """

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from scope_opd.objective.methods import Aggregation
 from scope_opd.pipeline import Collected, PhaseHook, ProgressHook
-from scope_opd.types import Prompt, Rollout, SamplingParams
+from scope_opd.types import Prompt, Rollout, SamplingParams, WeightPublisher
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -121,6 +121,8 @@ class Engines:
         weights_use_tau: the paths ("student", "teacher") on which the method weights rollouts by
             perplexity ** (1 / tau): only there does the alarm ``uniform_weights`` ("tau does nothing here") mean
             anything.
+        publisher: brings new weights to samplers that hold a copy of their own; None where the sampler decodes with
+            ``model`` itself.
         data: which data sets these prompts are, by "train" and "eval", as plain values; kept in run.json.
     """
 
@@ -135,6 +137,7 @@ class Engines:
     reference: TokenFunction | None = None
     evaluator: Evaluator | None = None
     weights_use_tau: frozenset[str] = frozenset()
+    publisher: WeightPublisher | None = None
     data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 

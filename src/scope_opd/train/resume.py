@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,17 @@ from scope_opd.records import iter_jsonl
 _NEW_RUN = "start a new run.dir"
 _FREE = {("verify", "workers")}
 """Settings on which no number of a run depends."""
+_WHERE = {
+    "base_urls", "api_key_env", "api_key_file", "ca_bundle", "connect_timeout_s", "read_timeout_s", "deadline_s",
+    "max_concurrency", "allow_unprotected_routes", "sync", "sync_dir", "colocated",
+}  # fmt: skip
+"""Of [teacher] and [rollout]: where servers are and how they are reached. Servers may move; that they still serve the
+same teacher is what fingerprints are for."""
 
 
 def refuse_other_config(config: Config, saved: dict[str, Any], step: int) -> None:
-    """A resumed run keeps its config, but for ``run.*`` (the seed excepted), ``verify.workers`` and, if lr does not
-    depend on it, steps.
+    """A resumed run keeps its config, but for ``run.*`` (the seed excepted), ``verify.workers``, the addresses of its
+    servers and how they are started and, if lr does not depend on it, steps.
 
     A key that the saved config does not know (written by an older version) counts as its default.
 
@@ -138,10 +144,23 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {
-        f"{table}.{key}": value for table, values in config.items() for key, value in values.items()
-        if (table != "run" or key == "seed") and (table, key) not in _FREE
-    }  # fmt: skip
-    if flat.get("train.schedule") == "constant":
-        flat.pop("train.steps", None)
-    return flat
+    """Dotted name -> value of what a resumed run must keep; what is None counts as not there."""
+    flat = {name: value for name, value in _flat(config, ()) if not _free(name)}
+    if flat.get(("train", "schedule")) == "constant":
+        flat.pop(("train", "steps"), None)
+    return {".".join(name): value for name, value in flat.items()}
+
+
+def _flat(values: dict[str, Any], place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, (*place, key))
+        elif value is not None:
+            yield (*place, key), value
+
+
+def _free(name: tuple[str, ...]) -> bool:
+    table = name[0]
+    if table in ("teacher", "rollout"):
+        return name[-1] in _WHERE
+    return table == "serving" or (table == "run" and name != ("run", "seed")) or name in _FREE
