@@ -42,10 +42,24 @@ def student_nll(rollout: Rollout) -> float:
 
 
 def teacher_nll(rollout: Rollout) -> float | None:
-    """NLL_T: likewise under the teacher; None when unscored."""
+    """NLL_T: likewise under the teacher, over the tokens that it judges (``teacher_mask``).
+
+    None when unscored, and where the mask leaves the teacher no token.
+    """
     if rollout.teacher_logprobs is None:
         return None
-    return _mean_nll(rollout.teacher_logprobs, rollout.loss_mask)
+    judged = judged_tokens(rollout)
+    if rollout.teacher_mask is not None and judged is not None and not any(judged):
+        return None
+    return _mean_nll(rollout.teacher_logprobs, judged)
+
+
+def judged_tokens(rollout: Rollout) -> list[int] | None:
+    """One 0/1 for each response token: in the loss, and its teacher log-prob may be used. None means all ones."""
+    loss, teacher = rollout.loss_mask, rollout.teacher_mask
+    if loss is None or teacher is None:
+        return teacher if loss is None else loss
+    return [own and theirs for own, theirs in zip(loss, teacher, strict=True)]
 
 
 def trained_tokens(rollout: Rollout) -> int:
@@ -141,4 +155,4 @@ def _mask_reason(rollout: Rollout, verdict: bool | None, method: Method) -> str:
         return "empty"
     if verdict is None:
         return "truncated" if rollout.finish_reason == "length" else "no_verdict"
-    return "unscored" if rollout.teacher_logprobs is None and method.needs_teacher(verdict) else "method"
+    return "unscored" if teacher_nll(rollout) is None and method.needs_teacher(verdict) else "method"

@@ -243,7 +243,7 @@ class Pipeline:
         scores: list[TeacherScore] = await self.teacher.score(rollouts)
         state.stats.teacher_s += time.perf_counter() - start
         for rollout, score in zip(rollouts, scores, strict=True):
-            rollout.teacher_logprobs = score.logprobs
+            rollout.teacher_logprobs, rollout.teacher_mask = score.logprobs, score.mask
             state.stats.floored_tokens += score.floored
             state.stats.teacher_retries += max(0, score.tries - 1)
             if score.logprobs is None:

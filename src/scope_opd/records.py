@@ -36,10 +36,8 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "sampling": ("an object", lambda value: isinstance(value, dict)),
     "teacher_topk": ("a list of objects", lambda value: _is_list_of(value, dict)),
     "policy_versions": ("a list of lists", lambda value: _is_list_of(value, list)),
-    "loss_mask": (
-        "a list of 0 and 1",
-        lambda value: isinstance(value, list) and all(type(item) is int and item in (0, 1) for item in value),
-    ),
+    "loss_mask": ("a list of 0 and 1", lambda value: _is_mask(value)),
+    "teacher_mask": ("a list of 0 and 1", lambda value: _is_mask(value)),
 }
 
 
@@ -93,7 +91,7 @@ def rollout_from_dict(row: dict[str, Any], *, where: str, required: Iterable[str
     _check_logprobs(values, "logprobs", name)
     _check_logprobs(values, "teacher_logprobs", name)
     length = len(values["logprobs"])
-    for key in ("token_ids", "teacher_logprobs", "loss_mask", "teacher_topk"):
+    for key in ("token_ids", "teacher_logprobs", "loss_mask", "teacher_mask", "teacher_topk"):
         if row.get(key) is not None and len(values[key]) != length:
             raise DataError(f"{name}: {len(values[key])} {key} and {length} logprobs", "one of each a response token",
                             "score the same tokens")  # fmt: skip
@@ -192,6 +190,10 @@ def _is_number(value: Any) -> bool:
 
 def _is_list_of(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item in (0, 1) for item in value)
 
 
 def _short(value: Any) -> str:

@@ -30,8 +30,9 @@ class MicroBatch:
         rollout, place: I[T], the token's rollout (index within the step) and its index within the response.
         sampler: F64[T], the recorded log mu.
         teacher: F64[T], log pi_T; 0 where there is none (``distill`` is 0 there).
-        reinforce, distill: F64[T], the coefficients with the step's denominators folded in.
-        credit_reinforce, credit_distill: F64[T], the method's own numbers.
+        reinforce, distill: F64[T], the coefficients with the step's denominators folded in; ``distill`` is 0 where the
+            teacher does not judge the token (``Rollout.teacher_mask``).
+        credit_reinforce, credit_distill: F64[T], the method's own numbers; the latter likewise.
     """
 
     input_ids: Tensor
@@ -127,6 +128,8 @@ def _micro_batch(rollouts: Sequence[Rollout], indices: Sequence[int], reinforce:
     place = torch.tensor([place for size in sizes for place in range(size)], dtype=torch.long)[kept]
     sampler = [value for rollout in chosen for value in rollout.logprobs]
     teacher = [value for rollout in chosen for value in (rollout.teacher_logprobs or [0.0] * len(rollout.token_ids))]
+    judged = [flag for rollout in chosen for flag in (rollout.teacher_mask or [1] * len(rollout.token_ids))]
+    taught = torch.tensor(judged, dtype=torch.float64)[kept]
     credit = torch.tensor([[rollout.reinforce, rollout.distill] for rollout in rollouts], dtype=torch.float64)
     return MicroBatch(
         input_ids=input_ids,
@@ -137,7 +140,7 @@ def _micro_batch(rollouts: Sequence[Rollout], indices: Sequence[int], reinforce:
         sampler=torch.tensor(sampler, dtype=torch.float64)[kept],
         teacher=torch.tensor(teacher, dtype=torch.float64)[kept],
         reinforce=reinforce[owner],
-        distill=distill[owner],
+        distill=distill[owner] * taught,
         credit_reinforce=credit[owner, 0],
-        credit_distill=credit[owner, 1],
+        credit_distill=credit[owner, 1] * taught,
     )

@@ -40,7 +40,7 @@ METRIC_KEYS: dict[str, str] = {
     "groups/all_wrong": "share of fully judged groups in which none is",
     "entropy": "mean entropy a token in the loss, nats, at the objective's student temperature",
     "entropy/correct": "the same over the student path",
-    "logratio/correct": "mean log pi_T - log pi_theta a scored token of the student path",
+    "logratio/correct": "mean log pi_T - log pi_theta a token of the student path that the teacher judges",
     "logratio/incorrect": "the same over the teacher path",
     "ess/student": "effective sample size of reinforce within a group, mean over groups with >= 2 on the student path",
     "ess/teacher": "effective sample size of distill, likewise on the teacher path",
@@ -102,6 +102,7 @@ def step_metrics(
     tokens, trained = outcome.tokens, batch.tokens > 0
     on_student, on_teacher = _owned_by(tokens.rollout, rollouts, student), _owned_by(tokens.rollout, rollouts, teacher)
     scored = _owned_by(tokens.rollout, rollouts, [r for r in rollouts if r.teacher_logprobs is not None])
+    scored &= _judged(tokens.rollout, tokens.place, rollouts)
     reasons = [r.mask_reason for r in rollouts if r.masked]
     known = ("truncated", "unscored", "no_verdict")
     lengths = [len(r.token_ids) for r in rollouts]
@@ -238,6 +239,15 @@ def _owned_by(owner: Tensor, rollouts: Sequence[Rollout], chosen: Sequence[Rollo
     """Which tokens belong to one of the chosen rollouts, bool [T]."""
     identities = {id(rollout) for rollout in chosen}
     return torch.tensor([id(rollout) in identities for rollout in rollouts], dtype=torch.bool)[owner]
+
+
+def _judged(owner: Tensor, place: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
+    """Which tokens the teacher judges (``Rollout.teacher_mask``), bool [T]."""
+    masks = [rollout.teacher_mask for rollout in rollouts]
+    if not any(masks):
+        return torch.ones(owner.shape, dtype=torch.bool)
+    flags = [(mask := masks[i]) is None or bool(mask[j]) for i, j in zip(owner.tolist(), place.tolist(), strict=True)]
+    return torch.tensor(flags, dtype=torch.bool)
 
 
 def _mean(values: Iterable[float]) -> float | None:
