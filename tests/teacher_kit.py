@@ -10,10 +10,11 @@ from typing import Any
 from fault_server import MODEL
 from scope_opd.addresses import parse_base_url
 from scope_opd.serving.pool import PoolSettings
+from scope_opd.serving.route import ClientSettings, RouteSettings
 from scope_opd.serving.secrets import Secret
 from scope_opd.teacher.ledger import Ledger
 from scope_opd.teacher.pool import PoolTeacher
-from scope_opd.teacher.servers import ClientSettings, RouteSettings, Servers
+from scope_opd.teacher.servers import Servers
 
 FINGERPRINT = (5, 6, 7, 8, 9, 10, 11, 12)
 QUICK: dict[str, Any] = {

@@ -237,7 +237,7 @@ def test_the_teachers_own_samples_come_from_its_servers(pair: Path, table: Table
             if "prompt_logprobs" in request:
                 return super()._completion(request, fault)
             drawn = [20 + request["seed"] % 50, 30]
-            values = [-1.0, -2.0] if request["top_k"] != 1 else [0.0, 0.0]
+            values = [-1.0, -2.0] if request["top_k"] != 2 else [-0.6931, -0.6931]
             choice = {
                 "index": 0, "text": "x", "finish_reason": "length", "token_ids": drawn,
                 "prompt_token_ids": request["prompt"], "logprobs": {"token_logprobs": values},

@@ -522,7 +522,8 @@ def test_a_program_that_forgets_to_close_ends_all_the_same(table: Table) -> None
 import asyncio, sys
 from fault_server import made_rollouts
 from scope_opd.teacher.pool import PoolTeacher
-from scope_opd.teacher.servers import ClientSettings, Servers
+from scope_opd.serving.route import ClientSettings
+from scope_opd.teacher.servers import Servers
 from scope_opd.serving.pool import PoolSettings
 from teacher_kit import FINGERPRINT, route
 servers = Servers({"": route(sys.argv[1])}, FINGERPRINT, client=ClientSettings(), pool=PoolSettings())

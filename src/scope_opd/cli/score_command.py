@@ -106,7 +106,7 @@ def score(
     plan = make_plan(source, out.expanduser())
     if plan.todo:
         from scope_opd.serving.pool import PoolSettings
-        from scope_opd.teacher.servers import ClientSettings
+        from scope_opd.serving.route import ClientSettings
 
         servers = _servers(
             plan,
@@ -248,9 +248,10 @@ def _servers(
 ) -> Servers:
     from scope_opd.addresses import check_variable_name, parse_base_url
     from scope_opd.serving.pool import Names
+    from scope_opd.serving.route import RouteSettings
     from scope_opd.serving.secrets import load_secret
     from scope_opd.teacher.ledger import Ledger, first_fingerprints
-    from scope_opd.teacher.servers import RouteSettings, Servers
+    from scope_opd.teacher.servers import Servers
 
     try:
         addresses = tuple(dict.fromkeys(parse_base_url(url) for url in urls))
@@ -285,7 +286,7 @@ class _Scoring:
 
     async def run(self) -> None:
         """Raises ``RunFailed`` if the servers are dead; what was scored is on disk in any case."""
-        from scope_opd.teacher.servers import fatal_in_a_run
+        from scope_opd.serving.route import fatal_in_a_run
 
         running: dict[asyncio.Future[Outcome], dict[str, Any]] = {}
         try:

@@ -14,11 +14,13 @@ from scope_opd.config import Config, ServerConfig
 from scope_opd.data.rows import pick
 from scope_opd.errors import ConfigError, DataError
 from scope_opd.serving.pool import Names, PoolSettings
+from scope_opd.serving.route import ClientSettings, RouteSettings
 from scope_opd.serving.secrets import load_secret
+from scope_opd.teacher.ends import EndTokens
 from scope_opd.teacher.ledger import Ledger, first_fingerprints
 from scope_opd.teacher.pool import PoolTeacher
 from scope_opd.teacher.sampling import ServerSampler
-from scope_opd.teacher.servers import ClientSettings, RouteSettings, Servers
+from scope_opd.teacher.servers import Servers
 from scope_opd.types import Prompt
 
 if TYPE_CHECKING:
@@ -117,11 +119,15 @@ def check_routes(config: Config, prompts: Iterable[Prompt]) -> None:
             )
 
 
-def pool_teacher(config: Config, servers: Servers) -> PoolTeacher:
-    """The scorer."""
+def pool_teacher(config: Config, servers: Servers, ends: EndTokens | None = None) -> PoolTeacher:
+    """The scorer; ``ends`` as for ``PoolTeacher``."""
     teacher = config.teacher
     return PoolTeacher(
-        servers, route_of=router(config), log_prob_floor=teacher.log_prob_floor, max_unscored=teacher.max_unscored
+        servers,
+        route_of=router(config),
+        log_prob_floor=teacher.log_prob_floor,
+        max_unscored=teacher.max_unscored,
+        ends=ends,
     )
 
 

@@ -65,6 +65,7 @@ class Names:
     url: str = "teacher.base_urls"
     model: str = "teacher.model"
     key: str = "teacher.api_key_env"
+    unprotected: str = "teacher.allow_unprotected_routes (--allow-unprotected-routes)"
 
 
 @dataclass(slots=True, eq=False)

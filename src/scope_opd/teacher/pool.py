@@ -15,8 +15,10 @@ from typing import Any
 
 from scope_opd.errors import RunFailed, ScopeError
 from scope_opd.serving.faults import RowRefused, Unanswered
+from scope_opd.serving.route import fatal_in_a_run
 from scope_opd.serving.vllm import ScoreRequest, token_hash
-from scope_opd.teacher.servers import Servers, fatal_in_a_run
+from scope_opd.teacher.ends import EndTokens
+from scope_opd.teacher.servers import Servers
 from scope_opd.types import Prompt, Rollout, TeacherScore
 
 
@@ -47,6 +49,7 @@ class PoolTeacher:
         route_of: the route of a prompt; None where there is one route for all.
         log_prob_floor: log-probs below it are raised to it and counted.
         max_unscored: share of a step's requests that may stay unscored.
+        ends: what to do where it ends responses with other tokens than the student; None: score them as any token.
 
     Attributes:
         streams: True: each rollout is sent as soon as it ends.
@@ -61,7 +64,9 @@ class PoolTeacher:
         route_of: Callable[[Prompt], str] | None = None,
         log_prob_floor: float = -100.0,
         max_unscored: float = 0.01,
+        ends: EndTokens | None = None,
     ) -> None:
+        self.ends = ends
         self.servers, self.log_prob_floor, self.max_unscored = servers, log_prob_floor, max_unscored
         self._route_of = route_of
         self._routes: dict[str, str] = {}
@@ -113,7 +118,7 @@ class PoolTeacher:
         finally:
             for future in futures:
                 future.cancel()
-        return [self._account(outcome) for outcome in outcomes]
+        return [self._account(rollout, outcome) for rollout, outcome in zip(rollouts, outcomes, strict=True)]
 
     async def request(self, rollout: Rollout, *, rows_may_fail: bool = False) -> Outcome:
         """Score one rollout; in the servers' thread.
@@ -129,7 +134,8 @@ class PoolTeacher:
             return Outcome([], None, False, 0, {})
         name = self._routes.get(rollout.group, "") if self._route_of is not None else ""
         route = self.servers.routes[name]
-        tokens = (*rollout.prompt_token_ids, *rollout.token_ids)
+        response = rollout.token_ids if self.ends is None else self.ends.scored(rollout)
+        tokens = (*rollout.prompt_token_ids, *response)
         request = ScoreRequest(tokens, len(rollout.prompt_token_ids))
         row: dict[str, Any] = {
             "time": time.time(), "step": self._step, "id": rollout.id, "route": name, "model": route.settings.model,
@@ -158,7 +164,7 @@ class PoolTeacher:
         """End the client. Nothing of it is left afterwards; may be called twice."""
         self.servers.close()
 
-    def _account(self, outcome: Outcome) -> TeacherScore:
+    def _account(self, rollout: Rollout, outcome: Outcome) -> TeacherScore:
         if not outcome.row:
             return TeacherScore([])
         self.servers.ledger.add(outcome.row)
@@ -168,8 +174,10 @@ class PoolTeacher:
             self._unscored += not outcome.foreign
             self._last_error = outcome.error or ""
             return TeacherScore(None, tries=outcome.tries)
-        floored = sum(value < self.log_prob_floor for value in outcome.logprobs)
-        return TeacherScore([max(value, self.log_prob_floor) for value in outcome.logprobs], floored, outcome.tries)
+        values, mask = outcome.logprobs, None if self.ends is None else self.ends.mask(rollout)
+        used = [value for value, keep in zip(values, mask or [1] * len(values), strict=True) if keep]
+        floored = sum(value < self.log_prob_floor for value in used)
+        return TeacherScore([max(value, self.log_prob_floor) for value in values], floored, outcome.tries, mask)
 
     def _changes(self) -> list[str]:
         endpoints = [endpoint for route in self.servers.routes.values() for endpoint in route.pool.endpoints]

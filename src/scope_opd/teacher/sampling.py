@@ -11,19 +11,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from scope_opd.errors import RunFailed, ScopeError
 from scope_opd.serving.faults import Fault, RowRefused, Unanswered
 from scope_opd.serving.pool import Endpoint, Reply
+from scope_opd.serving.route import fatal_in_a_run, patiently, raw_logprobs, reports_sampled_logprobs
 from scope_opd.serving.vllm import Drawn, parse_sample, sample_body
-from scope_opd.teacher.servers import Route, Servers, fatal_in_a_run, patiently
+from scope_opd.teacher.servers import Route, Servers
 from scope_opd.types import Prompt, Rollout, SamplingParams
-
-MODE_TOKENS = 8
-"""Tokens drawn to find out which log-probs a server reports."""
 
 
 class ServerSampler:
@@ -46,7 +43,7 @@ class ServerSampler:
     ) -> None:
         self.servers, self.tokenizer, self.vocabulary = servers, tokenizer, vocabulary
         self._route_of = route_of
-        self._checked: set[tuple[str, float]] = set()
+        self._checked: set[str] = set()
 
     async def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, *, step: int, policy_version: int
@@ -124,12 +121,12 @@ class ServerSampler:
                     f"at most the {route.context} of {route.shown}: it would cut responses short without a word",
                     "lower rollout.max_tokens or data.max_prompt_tokens, or serve it with a larger --max-model-len",
                 )
-            if (name, params.temperature) not in self._checked and params.temperature != 1.0:
+            if name not in self._checked and params.temperature != 1.0:
                 try:
-                    await asyncio.wrap_future(self.servers.thread.submit(_refuse_raw_logprobs(route, params)))
+                    await asyncio.wrap_future(self.servers.thread.submit(_refuse_raw_logprobs(route)))
                 except ScopeError as error:
                     raise fatal_in_a_run(error) from None
-                self._checked.add((name, params.temperature))
+                self._checked.add(name)
 
 
 async def _draw(
@@ -142,19 +139,12 @@ async def _draw(
     )  # fmt: skip
 
 
-async def _refuse_raw_logprobs(route: Route, params: SamplingParams) -> None:
-    """With top_k = 1 one token is certain: its log-prob is 0 where the server reports what it sampled from."""
-    certain = replace(params, top_k=1, max_tokens=MODE_TOKENS, stop_token_ids=())
+async def _refuse_raw_logprobs(route: Route) -> None:
     for endpoint in route.pool.endpoints:
+        attempt = partial(reports_sampled_logprobs, route.pool, endpoint, route.request.token_ids[:1])
         try:
-            reply = await patiently(partial(_draw, route, endpoint, route.request.token_ids[:1], certain, 0), 10.0)
+            honest = await patiently(attempt, 10.0)
         except Fault:
             continue  # it is down: its log-probs are checked by nobody, but the same flags start every server
-        except RowRefused as error:
-            raise RunFailed(str(error), "a sample", f"check {route.settings.names.url}") from None
-        if min(reply.value.logprobs) < -1e-3:
-            raise RunFailed(
-                f"{endpoint.url} reports log-probs at temperature 1 for samples at {params.temperature:g}",
-                "those of the distribution that sampled",
-                "start it with --logprobs-mode processed_logprobs",
-            )
+        if not honest:
+            raise raw_logprobs(endpoint)

@@ -8,56 +8,21 @@ server was down, and at both ends of each step. Not covered: scoring rollouts (`
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
 
-from scope_opd.addresses import BaseUrl
-from scope_opd.errors import ConfigError, RunFailed, ScopeError
-from scope_opd.serving.faults import BadAnswer, Fault, Refused, RowRefused
+from scope_opd.errors import ConfigError, RunFailed
+from scope_opd.serving.faults import Refused, RowRefused
 from scope_opd.serving.http import HttpClient, LoopThread, monotonic
-from scope_opd.serving.pool import Endpoint, Names, Pool, PoolSettings, Reply
-from scope_opd.serving.secrets import Secret, redact
-from scope_opd.serving.vllm import Scored, ScoreRequest, parse_models, parse_score, score_body, token_hash
+from scope_opd.serving.pool import Endpoint, Pool, PoolSettings, Reply
+from scope_opd.serving.route import ClientSettings, RouteSettings, meet_all, refuse_unprotected, served_context
+from scope_opd.serving.vllm import Scored, ScoreRequest, parse_score, score_body, token_hash
 from scope_opd.teacher.ledger import Ledger
 
-Answer = TypeVar("Answer")
 FINGERPRINT_TOKENS = 64
 """Tokens of the fixed sequence at most."""
 BYTES_A_TOKEN = 600
 """Room for a token's entry in an answer; a real one has about 80 bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class RouteSettings:
-    """One teacher: where it is served, under which name, with which key.
-
-    Attributes:
-        urls: its servers, at least one.
-        model: the name that they serve it under.
-        key: None where none is needed.
-        names: what the user calls these settings.
-    """
-
-    urls: tuple[BaseUrl, ...]
-    model: str
-    key: Secret | None = None
-    names: Names = field(default_factory=Names)
-
-
-@dataclass(frozen=True, slots=True)
-class ClientSettings:
-    """Of the HTTP client that all routes share, see ``serving.http.HttpClient``; ``start_s``: how long servers may
-    take to answer at the start; ``allow_unprotected``: see ``Route.open``."""
-
-    connect_timeout_s: float = 10.0
-    read_timeout_s: float = 300.0
-    ca_bundle: str | None = None
-    start_s: float = 30.0
-    allow_unprotected: bool = False
 
 
 class Route:
@@ -92,9 +57,8 @@ class Route:
         self.hash = token_hash(self.request.token_ids)
         self.context: int | None = None
         self.down: list[str] = []
-        endpoints = [Endpoint(url, settings.model, settings.key, settings.names) for url in settings.urls]
-        self.pool = Pool(client, endpoints, pool, self.verify)
-        self._client, self._ledger, self._reference = client, ledger, reference
+        self.pool = Pool(client, settings.endpoints(), pool, self.verify)
+        self._ledger, self._reference = ledger, reference
 
     @property
     def shown(self) -> str:
@@ -120,18 +84,10 @@ class Route:
         Raises:
             ConfigError: a setting is wrong, no server answers, or they serve different models.
         """
-        self.down = []
-        for endpoint in self.pool.endpoints:  # one after another: the first gives the reference
-            try:
-                await patiently(partial(self._meet, endpoint, allow_unprotected), patience_s)
-            except Fault as fault:
-                self.pool.take_down(endpoint)
-                self.down.append(f"{endpoint.url}: {fault.message}")
-        if len(self.down) == len(self.pool.endpoints):
-            raise ConfigError(
-                f"no server of {self.shown} answers: {'; '.join(self.down)}", "at least one",
-                f"start it, or check {self.settings.names.url}",
-            )  # fmt: skip
+        # One after another: the first gives the reference.
+        self.down = await meet_all(
+            self.pool, lambda endpoint: self._meet(endpoint, allow_unprotected), patience_s, self.shown
+        )
 
     async def verify(self, endpoint: Endpoint) -> None:
         """Take an endpoint's fingerprint and compare it.
@@ -179,37 +135,15 @@ class Route:
             ) from None  # fmt: skip
 
     async def _meet(self, endpoint: Endpoint, allow_unprotected: bool) -> None:
-        names = self.settings.names
-        if not (allow_unprotected or endpoint.url.loopback):
-            await self._refuse_unprotected(endpoint)
-        models = (await self.pool.exchange(endpoint, "/models", parse_models)).value
-        if self.settings.model not in models:
-            served = redact(", ".join(map(repr, models)), [endpoint.key]) or "none"
-            raise Refused(
-                f"{names.model} = {self.settings.model!r}: {endpoint.url} serves {served}",
-                "a name that it serves", f"change {names.model}",
-            )  # fmt: skip
-        context = models[self.settings.model]
+        if not allow_unprotected:
+            await refuse_unprotected(self.pool, endpoint)
+        context = await served_context(self.pool, endpoint)
         if context is not None:
             self.context = min(context, self.context or context)
         try:
             await self.verify(endpoint)
         except RunFailed as error:
             raise ConfigError(error.found, error.expected, error.remedy) from None
-
-    async def _refuse_unprotected(self, endpoint: Endpoint) -> None:
-        """Ask a development route that changes nothing, without a key."""
-        status, _, body, _ = await self._client.ask(
-            "GET", f"{endpoint.url.root}/is_sleeping", key=None, max_bytes=1 << 16
-        )
-        if status == 200 and b"is_sleeping" in body:
-            raise Refused(
-                f"{endpoint.url} answers development routes without a key: whoever reaches it can stop it or load "
-                "other weights",
-                "a server started without VLLM_SERVER_DEV_MODE, or one that only this machine reaches",
-                "restart it so, put it behind a tunnel, or set teacher.allow_unprotected_routes "
-                "(--allow-unprotected-routes)",
-            )
 
 
 class Servers:
@@ -273,22 +207,3 @@ class Servers:
     def close(self) -> None:
         self._client.close()
         self.ledger.close()
-
-
-async def patiently(attempt: Callable[[], Awaitable[Answer]], patience_s: float) -> Answer:
-    """Try again for a while; a server that answers nonsense gets fewer chances than one that is busy."""
-    end, nonsense, wait_s = monotonic() + patience_s, 0, 0.1
-    while True:
-        try:
-            return await attempt()
-        except Fault as fault:
-            nonsense += isinstance(fault, BadAnswer)
-            if monotonic() + wait_s >= end or nonsense > 5:
-                raise
-        await asyncio.sleep(wait_s)
-        wait_s = min(2.0, 2 * wait_s)
-
-
-def fatal_in_a_run(error: ScopeError) -> RunFailed:
-    """A wrong setting that shows only once a run goes on is the run's failure: exit code 1, a checkpoint is kept."""
-    return error if isinstance(error, RunFailed) else RunFailed(error.found, error.expected, error.remedy)
