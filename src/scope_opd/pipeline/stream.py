@@ -5,22 +5,24 @@ in-process teacher gets all of a step's together, in (prompt, sample) order, so 
 step and not of arrival. At most ``max_in_flight`` rollouts are being judged or scored at any time: beyond that the
 sampler waits. The first error of any stage cancels the others and is raised as itself.
 
-Not covered: retries and deadlines (the serving rooms), generation that runs ahead of the trainer.
+Not covered: retries and deadlines (the serving rooms), a thread of its own (``background``).
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from scope_opd.credit import Truncated, verdict_of
 from scope_opd.errors import RunFailed, ScopeError
+from scope_opd.pipeline.timeline import Timeline
 from scope_opd.types import Prompt, Rollout, Sampler, SamplingParams, StepTeacher, Teacher, TeacherScore, Verifier
 
 PhaseHook = Callable[[str], None]
 ProgressHook = Callable[[int, int], None]
+GroupsHook = Callable[[Sequence[Sequence[Rollout]]], None]
 
 
 @dataclass
@@ -59,8 +61,12 @@ class Collected:
 class _Step:
     """State of one call: nothing of a step outlives it."""
 
+    number: int
     prompts: dict[str, Prompt]
     n: int
+    on_judged: Callable[[], None] | None = None
+    unjudged: int = 0
+    all_drawn: bool = False
     stats: StageStats = field(default_factory=StageStats)
     members: dict[str, list[Rollout]] = field(default_factory=dict)
     waiting: list[Rollout] = field(default_factory=list)
@@ -77,6 +83,9 @@ class Pipeline:
         needs_teacher: the method's rule, from a verdict.
         truncated, reward_threshold: see ``credit.verdict_of``.
         max_in_flight: bound on rollouts between sampler and group.
+
+    Attributes:
+        timeline: when its stages were at work; the trainer adds its own.
 
     Raises:
         ValueError: ``max_in_flight`` < 1.
@@ -102,6 +111,10 @@ class Pipeline:
         self.truncated: Truncated = truncated
         self.reward_threshold = reward_threshold
         self.max_in_flight = max_in_flight
+        self.timeline = Timeline()
+
+    def close(self) -> None:
+        """End what still runs: nothing, since a step ends with its ``collect``. The engines are their owner's."""
 
     def collect(
         self,
@@ -112,6 +125,7 @@ class Pipeline:
         policy_version: int,
         on_phase: PhaseHook | None = None,
         on_progress: ProgressHook | None = None,
+        on_groups: GroupsHook | None = None,
     ) -> Collected:
         """Run the stream to its end and put the groups in order.
 
@@ -122,6 +136,7 @@ class Pipeline:
             policy_version: optimiser steps behind the sampler's weights.
             on_phase: told "generation" and "scoring" as they begin.
             on_progress: told (rollouts finished, rollouts in all).
+            on_groups: never called here: this thread works for the stream until the step's end.
         """
         stats = StageStats()
 
@@ -146,18 +161,29 @@ class Pipeline:
         stats: StageStats | None = None,
         on_phase: PhaseHook | None = None,
         on_progress: ProgressHook | None = None,
+        on_judged: Callable[[], None] | None = None,
     ) -> AsyncIterator[list[Rollout]]:
-        """Yield each group, sorted by sample, as it completes. Arguments as for ``collect``; ``stats`` is filled in."""
-        state = _Step({prompt.id: prompt for prompt in prompts}, params.n, stats or StageStats())
+        """Yield each group, sorted by sample, as it completes.
+
+        Arguments as for ``collect``; ``stats`` is filled in. ``on_judged`` is called once when the last rollout has
+        ended and all are judged, whatever the teacher still has to do.
+        """
+        by_id = {prompt.id: prompt for prompt in prompts}
+        state = _Step(step, by_id, params.n, on_judged, stats=stats or StageStats())
         if len(state.prompts) != len(prompts):
             raise ScopeError("two prompts of a step share an id", "distinct ids", "mend the data set's id column")
-        run = asyncio.create_task(self._run(state, prompts, params, step, policy_version, on_phase, on_progress))
+        run = asyncio.create_task(
+            _guarded(self._run(state, prompts, params, step, policy_version, on_phase, on_progress))
+        )
         # The sentinel is put by the task's end, however it ends, so that the consumer never waits for nothing.
         run.add_done_callback(lambda _: state.complete.put_nowait(None))
         try:
             while (group := await state.complete.get()) is not None:
                 yield group
-            await run
+            try:
+                await run
+            except _Stopped as stopped:
+                raise stopped.stop from None
         finally:
             run.cancel()
             await asyncio.gather(run, return_exceptions=True)
@@ -172,7 +198,7 @@ class Pipeline:
         on_phase: PhaseHook | None,
         on_progress: ProgressHook | None,
     ) -> None:
-        places = asyncio.Semaphore(self.max_in_flight)
+        places = self._places()
         finished, total = 0, len(prompts) * params.n
 
         async def handle(rollout: Rollout) -> None:
@@ -192,14 +218,18 @@ class Pipeline:
         source = self.sampler.sample(prompts, params, step=step, policy_version=policy_version)
         try:
             async with asyncio.TaskGroup() as tasks:
-                async for rollout in source:
-                    await places.acquire()
-                    finished += 1
-                    state.stats.generated_tokens += len(rollout.token_ids)
-                    if on_progress:
-                        on_progress(finished, total)
-                    tasks.create_task(handle(rollout))
+                with self.timeline.busy("generation", step):
+                    async for rollout in source:
+                        await places.acquire()
+                        finished += 1
+                        state.unjudged += 1
+                        state.stats.generated_tokens += len(rollout.token_ids)
+                        if on_progress:
+                            on_progress(finished, total)
+                        tasks.create_task(handle(rollout))
                 state.stats.generation_s = time.perf_counter() - start
+                state.all_drawn = True
+                self._tell_if_judged(state)
         except BaseExceptionGroup as group:
             error = _first(group)
         finally:
@@ -225,22 +255,41 @@ class Pipeline:
 
     async def _judge(self, state: _Step, rollout: Rollout) -> None:
         start = time.perf_counter()
-        verdict = await self.verifier.verify(rollout, state.prompts[rollout.group])
+        with self.timeline.busy("verify", state.number):
+            verdict = await self.verifier.verify(rollout, state.prompts[rollout.group])
         state.stats.verify_s += time.perf_counter() - start
         rollout.correct, rollout.reward, rollout.extracted = verdict.correct, verdict.reward, verdict.extracted
         routed = verdict_of(rollout, truncated=self.truncated, reward_threshold=self.reward_threshold)
+        state.unjudged -= 1
         if routed is None or not self.needs_teacher(routed):
             self._join(state, rollout)
+            self._tell_if_judged(state)
         elif self.teacher is not None and self.teacher.streams:
+            self._tell_if_judged(state)
             await self._score(state, [rollout])
             self._join(state, rollout)
         else:
             state.waiting.append(rollout)
+            self._tell_if_judged(state)
+
+    async def _ask_teacher(self, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
+        assert self.teacher is not None
+        return await self.teacher.score(rollouts)
+
+    def _places(self) -> asyncio.Semaphore:
+        """Room for rollouts that are being judged or scored."""
+        return asyncio.Semaphore(self.max_in_flight)
+
+    @staticmethod
+    def _tell_if_judged(state: _Step) -> None:
+        if state.all_drawn and not state.unjudged and state.on_judged:
+            state.on_judged()
+            state.on_judged = None
 
     async def _score(self, state: _Step, rollouts: Sequence[Rollout]) -> None:
-        assert self.teacher is not None
         start = time.perf_counter()
-        scores: list[TeacherScore] = await self.teacher.score(rollouts)
+        with self.timeline.busy("teacher", state.number):
+            scores = await self._ask_teacher(rollouts)
         state.stats.teacher_s += time.perf_counter() - start
         for rollout, score in zip(rollouts, scores, strict=True):
             rollout.teacher_logprobs, rollout.teacher_mask = score.logprobs, score.mask
@@ -267,6 +316,13 @@ class _Stopped(Exception):
 
     def __init__(self, stop: BaseException) -> None:
         self.stop = stop
+
+
+async def _guarded(work: Awaitable[None]) -> None:
+    try:
+        await work
+    except (KeyboardInterrupt, SystemExit) as stop:
+        raise _Stopped(stop) from None
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
