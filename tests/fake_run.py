@@ -37,8 +37,9 @@ def write_run(
     objective: dict[str, Any] | None = None,
     tokens: bool = True,
     evaluate: bool = True,
+    timeline: bool = False,
 ) -> Path:
-    """One finished training run; ``objective`` adds settings to its table."""
+    """One finished training run; ``objective`` adds settings to its table, ``timeline`` the spans of served engines."""
     rng = np.random.default_rng([seed, sorted(ENDS).index(method) if method in ENDS else 9])
     path.mkdir(parents=True)
     config = {
@@ -67,6 +68,8 @@ def write_run(
     (path / "run.json").write_text(json.dumps(info), encoding="utf-8")
     end = ENDS.get(method, ENDS["opd"])
     write_jsonl(path / "metrics.jsonl", [metrics_row(rng, method, step, steps, end) for step in range(1, steps + 1)])
+    if timeline:
+        write_jsonl(path / "timeline.jsonl", [timeline_row(method, step) for step in range(1, steps + 1)])
     write_jsonl(
         path / "rollouts.jsonl",
         [row for step in range(1, steps + 1) for row in rollout_rows(rng, method, step, end, steps, tokens=tokens)],
@@ -82,19 +85,20 @@ def write_run(
     return path
 
 
-def write_evaluation(path: Path, label: str, ends: tuple[float, float, float] = TEACHER, **kwargs: Any) -> Path:
+def write_evaluation(path: Path, label: str, ends: tuple[float, float, float] = TEACHER, **sizes: int) -> Path:
     """A folder with an evaluation only: the teacher's or the start's."""
     path.mkdir(parents=True)
     info = {"kind": "evaluation", "label": label, "model": f"zoo:{label}", "created": "2026-06-01T09:00:00Z"}
     (path / "run.json").write_text(json.dumps(info), encoding="utf-8")
-    write_jsonl(path / "eval.jsonl", eval_rows(0, 0, ends, kwargs.get("problems", 200), kwargs.get("n", 32)))
+    write_jsonl(path / "eval.jsonl", eval_rows(0, 0, ends, sizes.get("problems", 200), sizes.get("n", 32)))
     return path
 
 
 def write_demo(folder: Path, **kwargs: Any) -> list[Path]:
     """Four methods, two seeds each, and the teacher."""
     runs = [write_run(folder / f"{method}-s{seed}", method, seed, **kwargs) for method in ENDS for seed in (0, 1)]
-    return [*runs, write_evaluation(folder / "teacher", "teacher", **kwargs)]
+    sizes = {key: value for key, value in kwargs.items() if key in ("problems", "n")}
+    return [*runs, write_evaluation(folder / "teacher", "teacher", **sizes)]
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -156,6 +160,22 @@ def metrics_row(
         "perf/tokens_per_s": 9500.0 + float(rng.normal(0, 200)),
         "perf/peak_rss_mb": 610.0,
     }
+
+
+def timeline_row(method: str, step: int) -> dict[str, Any]:
+    """A streamed step: the teacher works behind generation and update, but for half a second (step 2: all alone)."""
+    generation = 10.0 + (step % 3)
+    verify = [[2.0 + i / 4, 2.05 + i / 4] for i in range(int(4 * (generation - 2)))]
+    spans = {"generation": [[0.3, generation]], "verify": verify, "sync": [[0.0, 0.3]]}
+    teacher = [] if method == "grpo" else [[3.0, 5.5], [6.0, generation + 1.5]]
+    update = [[generation + 0.5, generation + 1.0], [generation + 1.5, generation + 6]]
+    if step == 2 and teacher:
+        teacher = [[generation + 0.2, generation + 8.2]]
+        update = [[generation + 8.2, generation + 14]]
+    row = {"step": step, "seconds": update[-1][1] + 0.1, "spans": {**spans, "teacher": teacher, "update": update}}
+    if step == 4:
+        row["spans"]["generation"].insert(0, [-1.5, 0.0])  # ran ahead
+    return row
 
 
 def rollout_rows(

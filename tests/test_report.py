@@ -21,8 +21,9 @@ from scope_opd.errors import RunFolderError, ScopeError
 from scope_opd.evaluate.metrics import bootstrap_interval, pass_at_k
 from scope_opd.report import build_report
 from scope_opd.report.groups import group_runs
-from scope_opd.report.load import load_run
+from scope_opd.report.load import load_run, read_spans
 from scope_opd.report.plots import thinned
+from scope_opd.report.timeline import Axis, choices, hidden_share, lanes_of, length, union, without
 from scope_opd.report.viewer import viewer_data
 
 SMALL = {"steps": 4, "problems": 40, "n": 8}
@@ -72,7 +73,7 @@ def report(tmp_path: Path, *runs: Path) -> Page:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
-    fake_run.write_demo(folder / "runs", **SMALL)
+    fake_run.write_demo(folder / "runs", timeline=True, **SMALL)
     return folder / "runs"
 
 
@@ -212,7 +213,7 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{css}
 def attacked(tmp_path_factory: pytest.TempPathFactory) -> Page:
     """Hostile text in every place where a run can hold text."""
     folder = tmp_path_factory.mktemp("hostile")
-    run = fake_run.write_run(folder / 'a"><img src=x>', "scope", 0, **SMALL)
+    run = fake_run.write_run(folder / 'a"><img src=x>', "scope", 0, timeline=True, **SMALL)
     info = json.loads((run / "run.json").read_text())
     info.update(dict.fromkeys(("model", "teacher", "device", "first_prompt", "label", "created"), HOSTILE))
     (run / "run.json").write_text(json.dumps(info))
@@ -372,6 +373,114 @@ def test_viewer_names_whose_perplexity_and_shows_parts_of_characters_by_id(tmp_p
     assert "‹123› stands for a token" in page.text
 
 
+# --- one step in time ---------------------------------------------------------
+
+
+def test_stretches_are_joined_and_subtracted_exactly() -> None:
+    assert union([(4.0, 5.0), (0.0, 2.0), (1.0, 3.0), (3.0, 3.5)]) == [(0.0, 3.5), (4.0, 5.0)]
+    assert without([(0.0, 10.0)], [(-1.0, 1.0), (2.0, 3.0), (9.0, 12.0)]) == [(1.0, 2.0), (3.0, 9.0)]
+    assert without([(0.0, 1.0), (2.0, 3.0)], [(0.0, 5.0)]) == []
+    assert without([(0.0, 1.0)], []) == [(0.0, 1.0)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_hidden_and_exposed_seconds_are_those_of_a_count_on_a_fine_grid(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    spans = {
+        stage: [tuple(sorted(rng.integers(-20, 200, 2) / 10)) for _ in range(int(rng.integers(0, 6)))]
+        for stage in ("generation", "verify", "teacher", "sync", "update")
+    }
+    lanes, alone = lanes_of(spans)
+    middles = np.arange(-30, 210) / 10 + 0.05
+    at_work = {
+        stage: np.array([any(begin < middle < end for begin, end in found) for middle in middles])
+        for stage, found in spans.items()
+    }
+    others = np.any([found for stage, found in at_work.items() if stage != "teacher"], axis=0)
+    for stage, found in at_work.items():
+        assert length(lanes[stage]) == pytest.approx(found.sum() / 10)
+    assert length(alone) == pytest.approx((at_work["teacher"] & ~others).sum() / 10)
+
+
+@pytest.mark.parametrize("ends", [(0.0, 17.1), (-1.5, 642.0), (0.0, 1e-6), (-1e7, 1e7), (0.0, 6.0), (0.3, 0.9)])
+def test_ticks_are_few_and_on_the_axis(ends: tuple[float, float]) -> None:
+    axis = Axis(*ends)
+    ticks = axis.ticks()
+    assert 3 <= len(ticks) <= 8
+    assert all(0 <= axis.at(tick) <= 1000 + 1e-6 for tick in ticks)
+
+
+def test_a_step_in_time_is_drawn_with_the_hidden_share_and_a_choice_of_step(tmp_path: Path) -> None:
+    run = fake_run.write_run(tmp_path / "scope", "scope", 0, timeline=True, **SMALL)
+    loaded = load_run(run)
+    picked = {name: time.step for name, time in choices(loaded).items()}
+    assert picked == {"median": 1, "slowest": 2, "last": 4}
+    page = report(tmp_path, run)
+    assert page.raw.count('<input type="radio" name="timeline"') == 3
+    assert "The teacher was at work for 9.00 s, for 8.00 s of it (89 %) behind other stages and for 1.00 s alone" in (
+        page.text
+    )
+    assert "for 0.00 s of it (0 %) behind other stages and for 8.00 s alone" in page.text  # the slowest
+    busy = sum(length(lanes_of(spans)[0]["teacher"]) for spans in read_spans(loaded, loaded.timeline))
+    assert hidden_share(loaded) == pytest.approx(1 - 11 / busy)
+    assert "Teacher: at work for 9.00 s in 2 stretches between 3.00 s and 12.5 s" in page.raw.replace(
+        "\N{NO-BREAK SPACE}", " "
+    )
+    assert "ran ahead" in page.text
+
+
+def test_one_step_needs_no_choice_and_a_step_without_teacher_says_so(tmp_path: Path) -> None:
+    run = fake_run.write_run(tmp_path / "grpo", "grpo", 0, timeline=True, steps=1, problems=40, n=8)
+    page = report(tmp_path, run)
+    assert 'name="timeline"' not in page.raw
+    assert "The teacher was not at work." in page.text
+
+
+@pytest.mark.parametrize("content", [None, "", "\n"])
+def test_without_a_timeline_there_is_no_such_section(tmp_path: Path, content: str | None) -> None:
+    run = fake_run.write_run(tmp_path / "run", "scope", 0, **SMALL)
+    if content is not None:
+        (run / "timeline.jsonl").write_text(content)
+    page = report(tmp_path, run)
+    assert "One step in time" not in page.text
+    assert 'id="timeline"' not in page.raw
+
+
+BAD_ROWS: list[dict[str, Any]] = [
+    {"step": 9},
+    {"step": 9, "seconds": 0, "spans": {}},
+    {"step": 9, "seconds": 1e300, "spans": {}},
+    {"step": 9, "seconds": 5, "spans": [1, 2]},
+    {"step": 9, "seconds": 5, "spans": {"teacher": 3}},
+    {"step": 9, "seconds": 5, "spans": {"teacher": [[1, 2], None]}},
+    {"step": 9, "seconds": 5, "spans": {"teacher": [[2, 1]]}},
+    {"step": 9, "seconds": 5, "spans": {"teacher": [[1, 2, 3]]}},
+    {"step": 9, "seconds": 5, "spans": {"teacher": [[0, 1e308]]}},
+    {"step": 9, "seconds": 5, "spans": {"teacher": [["1", True]]}},
+]
+
+
+def test_rows_without_readable_spans_are_left_out_and_counted(tmp_path: Path) -> None:
+    run = fake_run.write_run(tmp_path / "run", "scope", 0, timeline=True, **SMALL)
+    good = fake_run.read_jsonl(run / "timeline.jsonl")
+    odd = {"step": 5, "seconds": 3.0, "spans": {HOSTILE: [[0, 1]], "teacher": [], "update": [[1, 1]]}}
+    fake_run.write_jsonl(run / "timeline.jsonl", [*BAD_ROWS, *good, odd])
+    page = report(tmp_path, run)
+    assert f"timeline.jsonl has {len(BAD_ROWS)} rows without readable spans: left out." in page.text
+    assert [time.step for time in load_run(run).timeline] == [1, 2, 3, 4, 5]
+    assert "alert(1)" not in page.raw
+
+
+def test_many_short_stretches_do_not_grow_the_picture(tmp_path: Path) -> None:
+    run = fake_run.write_run(tmp_path / "run", "scope", 0, timeline=True, **SMALL)
+    without_many = len(report(tmp_path, run).raw)
+    rows = fake_run.read_jsonl(run / "timeline.jsonl")
+    for row in rows:
+        row["spans"]["verify"] = [[i / 10_000, i / 10_000 + 5e-5] for i in range(100_000)]
+    fake_run.write_jsonl(run / "timeline.jsonl", rows)
+    assert len(report(tmp_path, run).raw) < without_many + 50_000
+
+
 # --- broken and missing pieces -----------------------------------------------
 
 
@@ -428,7 +537,7 @@ JUNK = [
 ]
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "eval.jsonl", "rollouts.jsonl", "events.jsonl"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "eval.jsonl", "rollouts.jsonl", "events.jsonl", "timeline.jsonl"])
 def test_junk_lines_never_stop_a_report(tmp_path: Path, name: str) -> None:
     run = fake_run.write_run(tmp_path / "run", "scope", 0, **SMALL)
     with (run / name).open("ab") as lines:

@@ -23,6 +23,7 @@ from scope_opd.report.answer import headline, lede
 from scope_opd.report.groups import Group, group_runs
 from scope_opd.report.load import Run, find_runs, load_run
 from scope_opd.report.results import collect
+from scope_opd.report.timeline import one_step
 from scope_opd.report.viewer import data_block, viewer_data
 
 
@@ -61,15 +62,17 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
     groups, condition_notes = group_runs(runs)
     results = collect(groups, runs)
     data, viewer_notes = viewer_data(groups)
-    parts = [
+    found = [
         sections.result(results),
         sections.learning(groups, results),
         sections.weights(groups),
         sections.timing(groups),
+        one_step(groups),
         sections.events(runs),
         sections.rollouts(data, viewer_notes),
         sections.settings(runs),
     ]
+    parts = [part for part in found if part is not None]
     notes = [*condition_notes, *results.notes, *(f"{run.name}: {note}" for run in runs for note in run.notes)]
     finding, detail = headline(results, groups)
     more = lede(results)

@@ -21,6 +21,11 @@ from scope_opd.errors import RunFolderError
 
 Route = Literal["student", "teacher"]
 RUN_FILES = ("run.json", "metrics.jsonl", "eval.jsonl")
+Spans = dict[str, list[tuple[float, float]]]
+"""Stretches (begin, end), in seconds from the step's begin, in which each stage was at work."""
+
+LONGEST_S = 1e7
+"""Seconds beyond which (some four months) a time is no measurement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,15 @@ class RolloutPoint:
     weight: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Where a step's row of timeline.jsonl begins, and how many seconds the step took."""
+
+    step: int
+    seconds: float
+    offset: int
+
+
 @dataclass(slots=True)
 class Run:
     """One run folder.
@@ -70,6 +84,7 @@ class Run:
     events: list[dict[str, Any]] = field(default_factory=list)
     status: dict[str, Any] = field(default_factory=dict)
     rollouts: list[RolloutPoint] = field(default_factory=list)
+    timeline: list[StepTime] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -156,6 +171,7 @@ def load_run(path: Path) -> Run:
     run.evals = _by_key(run, "eval.jsonl", ("step", "temperature", "n"), required=False)
     run.events = [row for _, row in _rows(run, "events.jsonl") if isinstance(row.get("kind"), str)]
     run.rollouts = _read_rollouts(run)
+    run.timeline = _read_timeline(run)
     if run.kind == "training":
         _note_unfinished(run)
     return run
@@ -163,9 +179,21 @@ def load_run(path: Path) -> Run:
 
 def read_rollouts(run: Run, points: Sequence[RolloutPoint]) -> Iterator[dict[str, Any]]:
     """The full rows of some rollouts, by the offsets that ``load_run`` noted."""
-    with (run.path / "rollouts.jsonl").open("rb") as lines:
-        for point in points:
-            lines.seek(point.offset)
+    return _rows_at(run.path / "rollouts.jsonl", [point.offset for point in points])
+
+
+def read_spans(run: Run, steps: Sequence[StepTime]) -> Iterator[Spans]:
+    """The spans of some steps, likewise."""
+    for row in _rows_at(run.path / "timeline.jsonl", [step.offset for step in steps]):
+        spans = _spans(row)
+        assert spans is not None, "load_run kept only rows with spans"
+        yield spans
+
+
+def _rows_at(path: Path, offsets: Sequence[int]) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as lines:
+        for offset in offsets:
+            lines.seek(offset)
             yield _parse(lines.readline())
 
 
@@ -268,6 +296,33 @@ def _read_rollouts(run: Run) -> list[RolloutPoint]:
             weight=number(row.get("distill" if path == "teacher" else "reinforce")) if path else None,
         )
     return sorted(points.values(), key=lambda point: (point.step, point.offset))
+
+
+def _read_timeline(run: Run) -> list[StepTime]:
+    steps: dict[int, StepTime] = {}
+    without = 0
+    for offset, row in _rows(run, "timeline.jsonl"):
+        step, seconds = number(row.get("step")), number(row.get("seconds"))
+        if step is None or seconds is None or not 1e-6 <= seconds <= LONGEST_S or _spans(row) is None:
+            without += 1
+            continue
+        steps[int(step)] = StepTime(int(step), seconds, offset)
+    if without:
+        run.notes.append(f"timeline.jsonl has {without} row{'s' * (without > 1)} without readable spans: left out.")
+    return [steps[step] for step in sorted(steps)]
+
+
+def _spans(row: dict[str, Any]) -> Spans | None:
+    """The spans of a row, None unless each is a pair (begin, end) of numbers in this order."""
+    found: Spans = {}
+    if not isinstance(row.get("spans"), dict):
+        return None
+    for stage, spans in row["spans"].items():
+        pairs = [numbers(span) or [] for span in spans] if isinstance(spans, list) else [[]]
+        if not all(len(pair) == 2 and -LONGEST_S <= pair[0] <= pair[1] <= LONGEST_S for pair in pairs):
+            return None
+        found[stage] = [(begin, end) for begin, end in pairs]
+    return found
 
 
 def _verdict(row: dict[str, Any], objective: dict[str, Any]) -> bool | None:

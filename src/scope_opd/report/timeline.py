@@ -1,0 +1,245 @@
+"""One step in time: when each stage was at work (timeline.jsonl), drawn as HTML that scales with the page.
+
+A group of runs is represented by the first of its runs that has a timeline. Stages that this module does not know are
+left out. Not covered: which rollout a stretch belongs to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from scope_opd.report.groups import Group
+from scope_opd.report.load import Run, Spans, StepTime, read_spans
+from scope_opd.report.parts import Section, section, swatch, table
+
+STAGES = {
+    "generation": ("Generation", 0),
+    "verify": ("Verification", 1),
+    "teacher": ("Teacher", 2),
+    "sync": ("Weights to samplers", 5),
+    "update": ("Update", 3),
+}
+"""Stage -> its name and the number of its colour in report.css."""
+
+SHOWN = 3
+"""Groups that are drawn at once; the others are folded away."""
+
+UNITS = 1000
+"""Units of a lane from the axis's left to its right. What lies closer together than one is drawn as one."""
+
+Stretches = list[tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """Seconds from the left to the right of a lane."""
+
+    low: float
+    high: float
+
+    def at(self, second: float) -> float:
+        """The place of a second, 0 to ``UNITS``."""
+        return UNITS * (second - self.low) / (self.high - self.low)
+
+    def ticks(self) -> list[float]:
+        """Round numbers on the axis, three to seven of them."""
+        raw = (self.high - self.low) / 6
+        size = 10.0 ** math.floor(math.log10(raw))
+        step = size * next(factor for factor in (1, 2, 5, 10) if factor * size >= raw * (1 - 1e-9))
+        first, last = math.ceil(self.low / step), math.floor(self.high / step)
+        return [round(index * step, 9) for index in range(first, last + 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A step as it is drawn. ``alone``: stretches in which the teacher was the only stage at work."""
+
+    run: Run
+    time: StepTime
+    lanes: dict[str, Stretches]
+    alone: Stretches
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The first and the last second that the picture must hold."""
+        spans = [span for lane in self.lanes.values() for span in lane]
+        return min([0.0, *(begin for begin, _ in spans)]), max([self.time.seconds, *(end for _, end in spans)])
+
+
+def union(spans: Iterable[tuple[float, float]]) -> Stretches:
+    """The same seconds as stretches that neither overlap nor touch, in order."""
+    merged: Stretches = []
+    for begin, end in sorted(spans):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+def without(spans: Stretches, others: Stretches) -> Stretches:
+    """What of ``spans`` lies in none of ``others``; both as ``union`` gives them."""
+    left: Stretches = []
+    for begin, end in spans:
+        for other_begin, other_end in others:
+            if other_end <= begin:
+                continue
+            if other_begin >= end:
+                break
+            if other_begin > begin:
+                left.append((begin, other_begin))
+            begin = max(begin, other_end)
+        if begin < end:
+            left.append((begin, end))
+    return left
+
+
+def length(spans: Stretches) -> float:
+    return math.fsum(end - begin for begin, end in spans)
+
+
+def lanes_of(spans: Spans) -> tuple[dict[str, Stretches], Stretches]:
+    """Each known stage's stretches, and those in which the teacher alone was at work."""
+    lanes = {stage: union(spans.get(stage, ())) for stage in STAGES}
+    others = union(span for stage, lane in lanes.items() if stage != "teacher" for span in lane)
+    return lanes, without(lanes["teacher"], others)
+
+
+def hidden_share(run: Run) -> float | None:
+    """Share of the teacher's seconds, over all steps, in which another stage was at work too; None without any."""
+    busy = alone = 0.0
+    for spans in read_spans(run, run.timeline):
+        lanes, exposed = lanes_of(spans)
+        busy, alone = busy + length(lanes["teacher"]), alone + length(exposed)
+    return 1 - alone / busy if busy > 0 else None
+
+
+def choices(run: Run) -> dict[str, StepTime]:
+    """The steps to choose from: of median duration (the shorter of two), the slowest, the last."""
+    by_seconds = sorted(run.timeline, key=lambda time: time.seconds)
+    return {"median": by_seconds[(len(by_seconds) - 1) // 2], "slowest": by_seconds[-1], "last": run.timeline[-1]}
+
+
+def one_step(groups: Sequence[Group]) -> Section | None:
+    """The section, None where no run has a timeline."""
+    runs = [(group, next((run for run in group.runs if run.timeline), None)) for group in groups]
+    found = [(group, run) for group, run in runs if run is not None]
+    if not found:
+        return None
+    chosen = {id(run): choices(run) for _, run in found}
+    several = any(len({time.step for time in steps.values()}) > 1 for steps in chosen.values())
+    names = ("median", "slowest", "last") if several else ("median",)
+    panels = []
+    for name in names:
+        drawn = [(group, _drawn(run, chosen[id(run)][name])) for group, run in found]
+        ends = [step.ends for _, step in drawn]
+        axis = Axis(min(begin for begin, _ in ends), max(end for _, end in ends))
+        pictures = [_picture(group, step, axis) for group, step in drawn]
+        folded = [
+            f"<details><summary>The same for {escape(group.label)}</summary>{picture}</details>"
+            for (group, _), picture in zip(drawn[SHOWN:], pictures[SHOWN:], strict=True)
+        ]
+        panels.append(f'<div class="panel {name}">{"".join(pictures[:SHOWN] + folded)}</div>')
+    intro = (
+        "When each stage of a step was at work, in seconds from the step’s begin; the same scale for all methods. The "
+        "teacher’s time is hidden while another stage works too; where it alone was at work, its bar is higher and "
+        "framed."
+    )
+    return section("timeline", "One step in time", intro, _choice(names), *panels, _table(found))
+
+
+def _choice(names: Sequence[str]) -> str:
+    """Radio buttons that the style sheet alone acts on; "" where there is nothing to choose."""
+    if len(names) < 2:
+        return ""
+    return "".join(
+        f'<input type="radio" name="timeline" id="timeline-{name}"{" checked" if index == 0 else ""}>'
+        f'<label for="timeline-{name}">{name.capitalize()} step</label>'
+        for index, name in enumerate(names)
+    )
+
+
+def _drawn(run: Run, time: StepTime) -> Drawn:
+    return Drawn(run, time, *lanes_of(next(read_spans(run, [time]))))
+
+
+def _picture(group: Group, drawn: Drawn, axis: Axis) -> str:
+    ticks = axis.ticks()
+    grid = "".join(f"M{axis.at(tick):.1f} 0V10" for tick in ticks)
+    edges = "".join(f"M{axis.at(second):.1f} 0V10" for second in (0.0, drawn.time.seconds))
+    lanes = []
+    for stage, (name, colour) in STAGES.items():
+        stretches = drawn.lanes[stage]
+        bars = f'<path class="work" style="--c:var(--t{colour})" d="{_bars(stretches, axis, 2.5, 5)}"/>'
+        if stage == "teacher" and drawn.alone:
+            bars += f'<path class="alone" style="--c:var(--t{colour})" d="{_bars(drawn.alone, axis, 0.5, 9)}"/>'
+        lanes.append(
+            f'<span class="stage">{name}</span><span class="busy">{_s(length(stretches))}</span>'
+            f'<svg viewBox="0 0 {UNITS} 10" preserveAspectRatio="none" role="img" '
+            f'aria-label="{_told(name, stretches)}"><path class="grid" d="{grid}"/><path class="edge" d="{edges}"/>'
+            f"{bars}</svg>"
+        )
+    marks = "".join(f'<i style="left:{axis.at(tick) / UNITS:.2%}">{tick:g} s</i>' for tick in ticks)
+    return (
+        f"<figure><h3>{swatch(group)}{escape(group.label)}, step {drawn.time.step} of {escape(drawn.run.name)}</h3>"
+        f'<div class="lanes">{"".join(lanes)}<div class="seconds">{marks}</div></div>'
+        f"<figcaption>{_caption(drawn)}</figcaption></figure>"
+    )
+
+
+def _bars(stretches: Stretches, axis: Axis, top: float, height: float) -> str:
+    """A path of rectangles; stretches less than a unit apart are drawn as one."""
+    parts: Stretches = []
+    for begin, end in ((axis.at(begin), axis.at(end)) for begin, end in stretches):
+        if parts and begin - parts[-1][1] < 1:
+            parts[-1] = (parts[-1][0], end)
+        else:
+            parts.append((begin, end))
+    return "".join(f"M{begin:.1f} {top}h{end - begin:.1f}v{height}h{begin - end:.1f}z" for begin, end in parts)
+
+
+def _caption(drawn: Drawn) -> str:
+    busy, alone = length(drawn.lanes["teacher"]), length(drawn.alone)
+    first = f"The step took {_s(drawn.time.seconds)}."
+    if drawn.ends[0] < 0:
+        first += f" Work before its begin ({_s(-drawn.ends[0])} at most) ran ahead, beside the step before."
+    if busy <= 0:
+        return f"{first} The teacher was not at work."
+    hidden = f"{_s(busy - alone)} of it ({_percent(1 - alone / busy)}) behind other stages"
+    return f"{first} The teacher was at work for {_s(busy)}, for {hidden} and for {_s(alone)} alone."
+
+
+def _told(name: str, stretches: Stretches) -> str:
+    if not stretches:
+        return f"{name}: not at work"
+    count = len(stretches)
+    times = f"in {count} stretches between" if count > 1 else "between"
+    return f"{name}: at work for {_s(length(stretches))} {times} {_s(stretches[0][0])} and {_s(stretches[-1][1])}"
+
+
+def _table(found: Sequence[tuple[Group, Run]]) -> str:
+    """Seconds at work of each stage in the median step, and the hidden share over all steps."""
+    rows = []
+    for group, run in found:
+        drawn = _drawn(run, choices(run)["median"])
+        share = hidden_share(run)
+        cells = [_s(drawn.time.seconds), *(_s(length(drawn.lanes[stage])) for stage in STAGES), _s(length(drawn.alone))]
+        cells.append("–" if share is None else _percent(share))
+        numbers = "".join(f'<td class="num">{cell}</td>' for cell in cells)
+        rows.append(f'<tr><th scope="row">{swatch(group)}{escape(group.label)}</th>{numbers}</tr>')
+    heads = ["The step", *(name for name, _ in STAGES.values()), "Teacher alone", "Teacher hidden, all steps"]
+    head = "<th></th>" + "".join(f'<th scope="col" class="num">{name}</th>' for name in heads)
+    return table("plain", head, rows, caption="The median step: time at work")
+
+
+def _s(seconds: float) -> str:
+    """Seconds to three figures or so, in one piece."""
+    digits = 0 if abs(seconds) >= 100 else 1 if abs(seconds) >= 10 else 2
+    return f"{seconds:.{digits}f}\N{NO-BREAK SPACE}s".replace("-", "−")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
