@@ -59,6 +59,26 @@ class RowRefused(Exception):
         self.foreign_token = foreign_token
 
 
+class Clipped(Exception):
+    """A response ended for its length before the length that was asked for: the server's context is too short.
+
+    Attributes:
+        tokens: how many there were.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(f"cut at {tokens} tokens")
+        self.tokens = tokens
+
+
+class ForeignToken(Exception):
+    """A server drew an id that the student has no row for."""
+
+    def __init__(self, token_id: int) -> None:
+        super().__init__(f"id {token_id}")
+        self.token_id = token_id
+
+
 class Unanswered(Exception):
     """No usable answer before the deadline.
 

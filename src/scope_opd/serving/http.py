@@ -13,8 +13,9 @@ import json
 import ssl
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -92,7 +93,7 @@ class HttpClient:
     Args:
         thread: where it lives.
         connect_timeout_s: for a connection to open.
-        read_timeout_s: for a whole answer, from sending to its last byte.
+        read_timeout_s: for a whole answer of ``ask``, from sending to its last byte.
         ca_bundle: PEM file of certificate authorities for https; None: those of the certifi package.
         connections: at most, together.
 
@@ -140,33 +141,74 @@ class HttpClient:
         Raises:
             Fault: no complete answer: connection, timeout, or more than ``max_bytes``.
         """
+        late = f"no whole answer in {self.read_timeout_s:g} s"
+        # httpx has a limit for each read; a server that drips bytes is stopped by this one.
+        with _as_faults(late, late):
+            async with asyncio.timeout(self.read_timeout_s), self._send(method, url, key, body) as response:
+                opened_at = self._opened_at(response)
+                return response.status_code, response.headers, await _all_of(response, max_bytes), opened_at
+
+    async def stream(
+        self,
+        url: str,
+        *,
+        key: Secret | None,
+        body: dict[str, Any],
+        take: Callable[[bytes], None],
+        max_bytes: int,
+        idle_s: float,
+        total_s: float,
+    ) -> tuple[int, httpx.Headers, bytes, float]:
+        """A POST that is answered event by event (server-sent events up to "[DONE]").
+
+        Args:
+            take: gets the data of each event but the last, as it comes, in this client's loop.
+            max_bytes: of the whole answer.
+            idle_s: between two reads.
+            total_s: for all of it.
+
+        Returns:
+            As ``ask`` does; the body is that of an answer other than 200, and empty where events came.
+
+        Raises:
+            Fault: the events ended before "[DONE]", or as for ``ask``, or ``take`` raised it.
+        """
+        idle, late = f"nothing came for {idle_s:g} s", f"no whole answer in {total_s:g} s"
+        with _as_faults(idle, late):
+            async with asyncio.timeout(total_s), self._send("POST", url, key, body, idle_s) as response:
+                opened_at = self._opened_at(response)
+                if response.status_code != 200:
+                    return response.status_code, response.headers, await _all_of(response, max_bytes), opened_at
+                kind = response.headers.get("Content-Type", "")
+                if not kind.startswith("text/event-stream"):
+                    raise BadAnswer(f"{kind[:40] or 'no content type'} in place of a stream of events")
+                events, ended = Events(), False
+                async for part in _bounded(response, max_bytes):
+                    for event in events.feed(part):
+                        if ended:
+                            raise BadAnswer("an event behind the last")
+                        if event == b"[DONE]":
+                            ended = True
+                        else:
+                            take(event)
+                if not ended:
+                    raise Fault("connection", "the stream broke off")
+                return response.status_code, response.headers, b"", opened_at
+
+    def _send(
+        self, method: str, url: str, key: Secret | None, body: dict[str, Any] | None, read_s: float | None = None
+    ) -> AbstractAsyncContextManager[httpx.Response]:
         content = None if body is None else json.dumps(body, separators=(",", ":")).encode()
         headers = {} if body is None else {"Content-Type": "application/json"}
         auth = None if key is None else BearerAuth(key)
-        try:
-            # httpx has a limit for each read; a server that drips bytes is stopped by this one.
-            async with asyncio.timeout(self.read_timeout_s):
-                async with self._client.stream(method, url, content=content, headers=headers, auth=auth) as response:
-                    stream = response.extensions.get("network_stream")
-                    now = monotonic()
-                    opened_at = now if stream is None else self._opened.setdefault(stream, now)
-                    parts, size = [], 0
-                    async for part in response.aiter_bytes():
-                        size += len(part)
-                        if size > max_bytes:
-                            raise BadAnswer(f"more than {max_bytes} bytes")
-                        parts.append(part)
-                    return response.status_code, response.headers, b"".join(parts), opened_at
-        except TimeoutError:
-            raise Fault("timeout", f"no whole answer in {self.read_timeout_s:g} s") from None
-        except httpx.ConnectTimeout:
-            raise Fault("connection", "no connection in time") from None
-        except httpx.TimeoutException:
-            raise Fault("timeout", f"no whole answer in {self.read_timeout_s:g} s") from None
-        except httpx.DecodingError:
-            raise BadAnswer("its compression is broken") from None
-        except (httpx.TransportError, ssl.SSLError, OSError) as error:
-            raise Fault("connection", " ".join(str(error).split())[:120] or type(error).__name__) from None
+        timeout = self._client.timeout
+        if read_s is not None:
+            timeout = httpx.Timeout(read_s, connect=timeout.connect, pool=None)
+        return self._client.stream(method, url, content=content, headers=headers, auth=auth, timeout=timeout)
+
+    def _opened_at(self, response: httpx.Response) -> float:
+        stream, now = response.extensions.get("network_stream"), monotonic()
+        return now if stream is None else self._opened.setdefault(stream, now)
 
     async def parse(self, parser: Callable[[bytes], Answer], body: bytes) -> Answer:
         """Run a parser on a body, apart from the event loop where the body is large."""
@@ -178,6 +220,57 @@ class HttpClient:
         atexit.unregister(self.close)
         self.thread.close(self._client.aclose)
         self._parsers.shutdown(wait=True, cancel_futures=True)
+
+
+class Events:
+    """Cuts a stream of bytes into the data of server-sent events, as the bytes come."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._data: list[bytes] = []
+
+    def feed(self, part: bytes) -> list[bytes]:
+        """The events that end in this part. Comments and other fields are passed over."""
+        *lines, self._rest = (self._rest + part).split(b"\n")
+        found = []
+        for line in lines:
+            line = line.removesuffix(b"\r")
+            if line.startswith(b"data:"):
+                self._data.append(line[5:].removeprefix(b" "))
+            elif not line and self._data:
+                found.append(b"\n".join(self._data))
+                self._data = []
+        return found
+
+
+@contextmanager
+def _as_faults(idle: str, late: str) -> Iterator[None]:
+    """What goes wrong below is a ``Fault``: ``idle`` where a read took too long, ``late`` where all of it did."""
+    try:
+        yield
+    except TimeoutError:
+        raise Fault("timeout", late) from None
+    except httpx.ConnectTimeout:
+        raise Fault("connection", "no connection in time") from None
+    except httpx.TimeoutException:
+        raise Fault("timeout", idle) from None
+    except httpx.DecodingError:
+        raise BadAnswer("its compression is broken") from None
+    except (httpx.TransportError, ssl.SSLError, OSError) as error:
+        raise Fault("connection", " ".join(str(error).split())[:120] or type(error).__name__) from None
+
+
+async def _bounded(response: httpx.Response, max_bytes: int) -> AsyncIterator[bytes]:
+    size = 0
+    async for part in response.aiter_bytes():
+        size += len(part)
+        if size > max_bytes:
+            raise BadAnswer(f"more than {max_bytes} bytes")
+        yield part
+
+
+async def _all_of(response: httpx.Response, max_bytes: int) -> bytes:
+    return b"".join([part async for part in _bounded(response, max_bytes)])
 
 
 def monotonic() -> float:

@@ -70,7 +70,11 @@ class Names:
 
 @dataclass(slots=True, eq=False)
 class Endpoint:
-    """One server and what is known of it."""
+    """One server and what is known of it.
+
+    ``renewed_at``: when a probe last had to make the endpoint what it should be (other weights were loaded): what it
+    was asked before then does not count.
+    """
 
     url: BaseUrl
     model: str
@@ -88,6 +92,7 @@ class Endpoint:
     timed_out: bool = False
     last_error: str = ""
     verified_at: float = -math.inf
+    renewed_at: float = -math.inf
     answered: int = 0
 
 
@@ -177,7 +182,7 @@ class Pool:
                 finally:
                     self._release(endpoint, tokens)
                 if reply is not None:
-                    if await self._counts(endpoint, reply.opened_at):
+                    if await self._counts(endpoint, reply.opened_at) and began > endpoint.renewed_at:
                         return Done(reply.value, endpoint, tries, latency, faults)
                     faults["restart"] += 1
                     last = f"{endpoint.url}: it broke off before it was clear who had answered"
@@ -213,14 +218,37 @@ class Pool:
                 return Reply(await self.client.parse(parser, content), opened_at)
             except BadAnswer as error:  # it quotes what the server wrote
                 raise BadAnswer(redact(error.message, [endpoint.key])) from None
-        message = redact(error_message(content), [endpoint.key])
-        if status in RETRIED_STATUS or status >= 500:
-            raise Fault(f"status {status}", message, retry_after_s=retry_after_s(headers.get("Retry-After")))
-        if status in ROW_STATUS and body is not None:
-            raise RowRefused(
-                f"{endpoint.url} answers {status}: {message}", foreign_token="out of vocabulary" in message.lower()
-            )
-        raise _refused(endpoint, status, message)
+        raise _failure(endpoint, status, headers, content, posted=body is not None)
+
+    async def stream(
+        self,
+        endpoint: Endpoint,
+        path: str,
+        take: Callable[[bytes], None],
+        *,
+        body: dict[str, Any],
+        max_bytes: int,
+        idle_s: float,
+        total_s: float,
+    ) -> float:
+        """One POST to one endpoint that is answered event by event; see ``HttpClient.stream``.
+
+        Returns:
+            When at the latest its connection was opened.
+
+        Raises:
+            Fault, RowRefused, Refused: as ``exchange`` does, and whatever ``take`` raised.
+        """
+        try:
+            status, headers, content, opened_at = await self.client.stream(
+                f"{endpoint.url}{path}", key=endpoint.key, body=body, take=take, max_bytes=max_bytes,
+                idle_s=idle_s, total_s=total_s,
+            )  # fmt: skip
+        except BadAnswer as error:
+            raise BadAnswer(redact(error.message, [endpoint.key])) from None
+        if status != 200:
+            raise _failure(endpoint, status, headers, content, posted=True)
+        return opened_at
 
     async def probe_all(self, *, wait: bool) -> None:
         """Have every endpoint prove itself anew: no answer counts before a probe that begins now.
@@ -374,6 +402,18 @@ class Pool:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await changed.wait()
+
+
+def _failure(endpoint: Endpoint, status: int, headers: Any, content: bytes, *, posted: bool) -> Exception:
+    """What an answer other than 200 means."""
+    message = redact(error_message(content), [endpoint.key])
+    if status in RETRIED_STATUS or status >= 500:
+        return Fault(f"status {status}", message, retry_after_s=retry_after_s(headers.get("Retry-After")))
+    if status in ROW_STATUS and posted:
+        return RowRefused(
+            f"{endpoint.url} answers {status}: {message}", foreign_token="out of vocabulary" in message.lower()
+        )
+    return _refused(endpoint, status, message)
 
 
 def _refused(endpoint: Endpoint, status: int, message: str) -> Refused:

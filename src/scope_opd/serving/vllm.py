@@ -6,7 +6,7 @@ else is a ``BadAnswer``: a failure of that endpoint. Every sampling parameter is
 generation_config may change the defaults.
 
 Not covered: the per-row call of newer servers (``prompt_logprob_token_ids`` on /inference/v1/generate), which needs a
-GPU build; streaming.
+GPU build; streamed answers with more than one choice.
 
 Source: vLLM 0.32, entrypoints/openai/completion/protocol.py.
 """
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scope_opd.serving.faults import BadAnswer
+from scope_opd.serving.faults import BadAnswer, Clipped, ForeignToken
 from scope_opd.types import SamplingParams
 
 SLACK = 1e-3
@@ -79,8 +79,21 @@ def score_body(request: ScoreRequest, model: str) -> dict[str, Any]:
     return {**_plain(model, request.token_ids), "max_tokens": 1, "seed": 0, "prompt_logprobs": request.top_k}
 
 
-def sample_body(token_ids: Sequence[int], params: SamplingParams, model: str, seed: int) -> dict[str, Any]:
-    """The body that draws one response. ``params.n`` is not read: each sample has its own seed, so its own request."""
+def sample_body(
+    token_ids: Sequence[int],
+    params: SamplingParams,
+    model: str,
+    seed: int,
+    *,
+    stream: bool = False,
+    only_these_stops: bool = False,
+) -> dict[str, Any]:
+    """The body that draws one response. ``params.n`` is not read: each sample has its own seed, so its own request.
+
+    Args:
+        stream: have it answered token by token.
+        only_these_stops: the end token that the server knows for the model ends nothing, ``stop_token_ids`` alone do.
+    """
     return {
         **_plain(model, token_ids),
         "max_tokens": params.max_tokens,
@@ -91,6 +104,8 @@ def sample_body(token_ids: Sequence[int], params: SamplingParams, model: str, se
         "stop_token_ids": list(params.stop_token_ids),
         "seed": seed,
         "logprobs": 0,
+        "stream": stream,
+        "ignore_eos": only_these_stops,
     }
 
 
@@ -139,6 +154,85 @@ def parse_sample(body: bytes, token_ids: Sequence[int], params: SamplingParams) 
         raise BadAnswer(f"no log-prob for each of {len(drawn)} sampled tokens")
     logprobs = [_logprob({"logprob": value}, place) for place, value in enumerate(found)]
     return Drawn(drawn, logprobs, text, reason)
+
+
+class SampleStream:
+    """One response, event by event; every event is checked as it comes.
+
+    Args:
+        prompt: ids that were sent.
+        params: what was asked for.
+        vocabulary: ids must be below it; None: any.
+
+    Attributes:
+        token_ids, logprobs: what has come so far.
+    """
+
+    def __init__(self, prompt: Sequence[int], params: SamplingParams, vocabulary: int | None = None) -> None:
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self._prompt, self._params, self._vocabulary = list(prompt), params, vocabulary
+        self._texts: list[str] = []
+        self._echoed = False
+        self._reason: str | None = None
+
+    def take(self, event: bytes) -> None:
+        """The data of one event.
+
+        Raises:
+            BadAnswer: anything about it is not as it must be.
+            ForeignToken: an id that is not below ``vocabulary``.
+        """
+        value = _object(event)
+        choices = value.get("choices")
+        if value.get("error") is not None or not isinstance(choices, list):
+            raise BadAnswer(error_message(event))
+        if not choices and value.get("usage"):
+            return
+        if len(choices) != 1 or not isinstance(choices[0], dict):
+            raise BadAnswer("not exactly one choice")
+        choice: dict[str, Any] = choices[0]
+        echoed = choice.get("prompt_token_ids")
+        if echoed is not None and echoed != self._prompt:
+            raise BadAnswer("the prompt_token_ids are not those that were sent")
+        self._echoed |= echoed is not None
+        drawn, text = choice.get("token_ids"), choice.get("text")
+        if not isinstance(drawn, list) or not all(type(index) is int and index >= 0 for index in drawn):
+            raise BadAnswer("token_ids is not a list of ids")
+        if not isinstance(text, str):
+            raise BadAnswer("no text")
+        if drawn and self._reason is not None:
+            raise BadAnswer("tokens behind the last")
+        if self._vocabulary is not None and drawn and max(drawn) >= self._vocabulary:
+            raise ForeignToken(max(drawn))
+        table = choice.get("logprobs")
+        found = table.get("token_logprobs") if isinstance(table, dict) else None
+        if drawn and (not isinstance(found, list) or len(found) != len(drawn)):
+            raise BadAnswer(f"no log-prob for each of {len(drawn)} sampled tokens")
+        for value in found or ():
+            self.logprobs.append(_logprob({"logprob": value}, len(self.logprobs)))
+        self.token_ids += drawn
+        self._texts.append(text)
+        self._reason = choice.get("finish_reason") or self._reason
+        if len(self.token_ids) > self._params.max_tokens:
+            raise BadAnswer(f"more than max_tokens = {self._params.max_tokens} tokens")
+
+    def finish(self) -> Drawn:
+        """The whole response, once the last event has come.
+
+        Raises:
+            BadAnswer: it is not whole.
+            Clipped: it ended for its length before ``max_tokens``.
+        """
+        if not self._echoed:
+            raise BadAnswer("no prompt_token_ids (the server does not know return_token_ids)")
+        if not self.token_ids or len(self.logprobs) != len(self.token_ids):
+            raise BadAnswer(f"{len(self.token_ids)} tokens with {len(self.logprobs)} log-probs")
+        if self._reason not in ("stop", "length"):
+            raise BadAnswer(f"finish_reason {self._reason!r}")
+        if self._reason == "length" and len(self.token_ids) < self._params.max_tokens:
+            raise Clipped(len(self.token_ids))
+        return Drawn(self.token_ids, self.logprobs, "".join(self._texts), self._reason)
 
 
 def parse_models(body: bytes) -> dict[str, int | None]:
