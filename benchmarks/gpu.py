@@ -97,6 +97,7 @@ class Watched:
 
     def __init__(self, pipeline: Any, device: torch.device) -> None:
         self.pipeline, self.device = pipeline, device
+        self.timeline, self.close = pipeline.timeline, pipeline.close
         self.peaks_mb: dict[str, float] = {}
         self.rollouts: list[Rollout] = []
 

@@ -11,14 +11,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from scope_opd.objective.methods import Aggregation
-from scope_opd.pipeline import Collected, PhaseHook, ProgressHook
+from scope_opd.pipeline import Collected, GroupsHook, PhaseHook, ProgressHook, Timeline
 from scope_opd.types import Prompt, Rollout, SamplingParams, WeightPublisher
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 class Collector(Protocol):
-    """``pipeline.Pipeline``: complete, judged and scored groups, ordered by (prompt, sample), and the stages' times."""
+    """``pipeline.Pipeline``: complete, judged and scored groups, ordered by (prompt, sample), and the stages' times.
+
+    The trainer adds its own stages to ``timeline``, and calls ``close`` (perhaps twice) when a run ends, however.
+    """
+
+    timeline: Timeline
 
     def collect(
         self,
@@ -29,7 +34,10 @@ class Collector(Protocol):
         policy_version: int,
         on_phase: PhaseHook | None = None,
         on_progress: ProgressHook | None = None,
+        on_groups: GroupsHook | None = None,
     ) -> Collected: ...
+
+    def close(self) -> None: ...
 
 
 class PromptSchedule(Protocol):

@@ -37,6 +37,7 @@ def train(config: Config, engines: Engines, *, resume: bool = False, progress: b
         run.boundary()
         while run.step < config.train.steps:
             with run.one_step():
+                run.publish()
                 prompts = engines.schedule.batch(run.step)
                 collected = engines.pipeline.collect(
                     prompts,
@@ -46,16 +47,18 @@ def train(config: Config, engines: Engines, *, resume: bool = False, progress: b
                     on_phase=run.phase,
                     on_progress=run.inside,
                 )
+                run.release()
                 began = time.perf_counter()
-                verdicts = engines.credit(collected.rollouts)
-                batch = make_batch(
-                    collected.rollouts,
-                    aggregation=engines.surrogate.aggregation,
-                    max_tokens=config.train.max_tokens_per_microbatch,
-                )
-                outcome = learner.update(
-                    batch, run.lr, on_phase=run.phase, on_progress=run.inside, before_change=run.before_change
-                )
+                with run.updating():
+                    verdicts = engines.credit(collected.rollouts)
+                    batch = make_batch(
+                        collected.rollouts,
+                        aggregation=engines.surrogate.aggregation,
+                        max_tokens=config.train.max_tokens_per_microbatch,
+                    )
+                    outcome = learner.update(
+                        batch, run.lr, on_phase=run.phase, on_progress=run.inside, before_change=run.before_change
+                    )
                 run.log(collected, verdicts, batch, outcome, update_s=time.perf_counter() - began)
             run.boundary()
         return run.finish()

@@ -18,16 +18,19 @@ from torch import Tensor
 
 from scope_opd.credit import student_nll, teacher_nll, trained_tokens
 from scope_opd.objective.weights import effective_sample_size
-from scope_opd.pipeline import StageStats
+from scope_opd.pipeline import StageStats, Timeline
+from scope_opd.pipeline.timeline import shortened
 from scope_opd.records import rollout_to_dict
 from scope_opd.train.batch import Batch
 from scope_opd.train.step import Outcome
 from scope_opd.types import Rollout
 
+SPANS_A_ROW = 256
+
 # key -> what it is. The order is that of the rows; docs and tests read it too.
 METRIC_KEYS: dict[str, str] = {
     "step": "0-based: the rollouts come from the weights after this many steps",
-    "policy_version": "optimiser steps behind the weights that sampled",
+    "policy_version": "optimiser steps behind the weights that the update starts from",
     "loss": "the step's surrogate loss",
     "grad_norm": "norm of the whole gradient before clipping",
     "lr": "learning rate of the update",
@@ -64,14 +67,19 @@ METRIC_KEYS: dict[str, str] = {
     "kl/reference": "mean k3 estimate of KL(student || reference) a token",
     "ppl/student_mean": "mean perplexity of student-path rollouts under the sampling distribution",
     "ppl/teacher_mean": "mean perplexity of teacher-path rollouts under the teacher",
+    "rollout/staleness_mean": "mean over response tokens of the policy version at the update minus the token's own",
+    "rollout/staleness_max": "the same for the oldest token",
     "tokens/trained": "tokens in the loss",
     "padding/share": "share of padding in the update's micro-batches",
     "time/generation_s": "until the last rollout ended",
     "time/verify_s": "sum over verdicts",
     "time/teacher_s": "sum over scoring calls",
+    "time/teacher_exposed_s": "part of the step in which the teacher was the only stage at work",
+    "time/sync_s": "new weights to the servers that sample, since the step before; null without such servers",
     "time/update_s": "batch, forward, backward, optimiser",
     "time/step_s": "the whole step",
     "perf/tokens_per_s": "generated tokens by step time",
+    "perf/teacher_hidden_share": "share of the teacher's time within the step that is not exposed; null without any",
     "perf/teacher_retries": "requests to teacher servers that had to be made again",
     "perf/peak_rss_mb": "largest resident memory of the process so far",
     "perf/peak_gpu_mb": "largest memory allocated on the GPU so far; null on a CPU",
@@ -91,8 +99,15 @@ def step_metrics(
     sampled_by_student: bool,
     update_s: float,
     step_s: float,
+    sync_s: float | None = None,
+    teacher_exposed_s: float = 0.0,
+    teacher_busy_s: float = 0.0,
 ) -> dict[str, Any]:
-    """One row with exactly the keys of ``METRIC_KEYS``; numbers that are not finite become null."""
+    """One row with exactly the keys of ``METRIC_KEYS``; numbers that are not finite become null.
+
+    ``policy_version`` is that of the weights that the update starts from. ``teacher_busy_s`` and ``teacher_exposed_s``
+    are seconds of the step in which the teacher was at work, and the only stage that was.
+    """
     correct = [r.correct if r.correct is not None else verdict for r, verdict in zip(rollouts, verdicts, strict=True)]
     judged = [verdict for verdict in correct if verdict is not None]
     groups = _by_group(rollouts, correct)
@@ -107,6 +122,7 @@ def step_metrics(
     known = ("truncated", "unscored", "no_verdict")
     lengths = [len(r.token_ids) for r in rollouts]
     mismatch = trained and sampled_by_student
+    ages = staleness(rollouts, policy_version) if sampled_by_student else None
     row = {
         "step": step,
         "policy_version": policy_version,
@@ -144,20 +160,55 @@ def step_metrics(
         "kl/reference": outcome.kl_reference,
         "ppl/student_mean": _mean(_perplexity(student_nll(r)) for r in student),
         "ppl/teacher_mean": _mean(_perplexity(nll) for r in teacher if (nll := teacher_nll(r)) is not None),
+        "rollout/staleness_mean": ages and ages[0],
+        "rollout/staleness_max": ages and ages[1],
         "tokens/trained": batch.tokens,
         "padding/share": batch.padding,
         "time/generation_s": stats.generation_s,
         "time/verify_s": stats.verify_s,
         "time/teacher_s": stats.teacher_s,
+        "time/teacher_exposed_s": teacher_exposed_s,
+        "time/sync_s": sync_s,
         "time/update_s": update_s,
         "time/step_s": step_s,
         "perf/tokens_per_s": stats.generated_tokens / step_s if step_s > 0 else None,
+        "perf/teacher_hidden_share": 1 - teacher_exposed_s / teacher_busy_s if teacher_busy_s > 0 else None,
         "perf/teacher_retries": stats.teacher_retries,
         "perf/peak_rss_mb": _peak_rss_mb(),
         "perf/peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None,
     }
     assert row.keys() == METRIC_KEYS.keys()
     return {key: _strict(value) for key, value in row.items()}
+
+
+def timeline_row(timeline: Timeline, step: int, begin: float, end: float) -> dict[str, Any]:
+    """A row of timeline.jsonl: a step's own spans by stage, in seconds from its begin.
+
+    Negative where its generation ran ahead. At most ``SPANS_A_ROW`` a stage; the shortest gaps are closed.
+    """
+    return {
+        "step": step,
+        "seconds": round(end - begin, 6),
+        "spans": {
+            stage: [[round(a - begin, 6), round(b - begin, 6)] for a, b in shortened(spans, SPANS_A_ROW)]
+            for stage, spans in timeline.spans(step).items()
+        },
+    }
+
+
+def staleness(rollouts: Sequence[Rollout], version: int) -> tuple[float, int] | None:
+    """Mean and largest difference between ``version`` and the versions that response tokens were sampled with.
+
+    None where there is no token. A rollout without ``policy_versions`` is of its ``policy_version`` throughout.
+    """
+    total = tokens = oldest = 0
+    for rollout in rollouts:
+        for first, last, own in rollout.policy_versions or [[0, len(rollout.token_ids), rollout.policy_version]]:
+            if last > first:
+                total += (version - own) * (last - first)
+                tokens += last - first
+                oldest = max(oldest, version - own)
+    return (total / tokens, oldest) if tokens else None
 
 
 def rollout_rows(

@@ -26,8 +26,8 @@ from scope_opd.errors import RunFailed, RunFolderError
 from scope_opd.locks import hold
 from scope_opd.records import dumps, iter_jsonl
 
-PHASES = ("generation", "scoring", "forward_backward", "optimiser", "evaluation", "saving", "done")
-LINE_FILES = ("metrics", "rollouts", "eval", "events")
+PHASES = ("sync", "generation", "scoring", "forward_backward", "optimiser", "evaluation", "saving", "done")
+LINE_FILES = ("metrics", "rollouts", "eval", "events", "timeline")
 
 
 class RunFolder:

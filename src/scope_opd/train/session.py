@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from types import TracebackType
@@ -36,7 +35,7 @@ from scope_opd.train.checkpoint import (
 )
 from scope_opd.train.engines import Engines, TrainResult
 from scope_opd.train.export import export_model
-from scope_opd.train.metrics import rollout_rows, step_metrics
+from scope_opd.train.metrics import rollout_rows, step_metrics, timeline_row
 from scope_opd.train.optim import lr_at
 from scope_opd.train.progress import Display, open_display
 from scope_opd.train.resume import refuse_other_config, refuse_other_data, refuse_to_start_over
@@ -59,7 +58,10 @@ class Session:
     def __init__(self, config: Config, engines: Engines, learner: Learner, *, resume: bool, progress: bool | None):
         self.config, self.engines, self.learner = config, engines, learner
         self.step = self.policy_version = 0
+        self.timeline = engines.pipeline.timeline
         self._evaluated = self._saved = -1
+        self._sync_s = 0.0
+        self._asleep = False
         self._half_done = False
         self._resume = resume
         self._alarms = Alarms(config.run.alarms, weights_use_tau=engines.weights_use_tau)
@@ -100,6 +102,7 @@ class Session:
 
     def _close(self) -> None:
         try:
+            self.engines.pipeline.close()
             for tracker in self._trackers:
                 try:
                     tracker.close()
@@ -186,10 +189,37 @@ class Session:
     @contextmanager
     def one_step(self) -> Iterator[None]:
         """The stretch of one step. Weights that change inside it are logged before a signal is heeded."""
-        self._began = time.perf_counter()
+        self._began = self.timeline.now()
         with _wrong_data_fails_the_run(), ExitStack() as self._stretch:
             yield
             assert not self._half_done, "a step whose weights changed was not logged"
+
+    def publish(self) -> None:
+        """Samplers that hold a copy of the student's weights get them as they are now.
+
+        Raises:
+            RunFailed: none of them could be brought there.
+        """
+        if self.engines.publisher is None:
+            return
+        self.phase("sync")
+        began = self.timeline.now()
+        with self.timeline.busy("sync", self.step):
+            self.engines.publisher.publish(self.policy_version)
+        self._sync_s += self.timeline.now() - began
+        self._asleep = False
+
+    def release(self) -> None:
+        """Generation is over: samplers on the trainer's own device make room for the update."""
+        if self.engines.publisher is not None and not self._asleep:
+            self.engines.publisher.release()
+            self._asleep = True
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """A stretch of the update's own work: it goes into the timeline."""
+        with self.timeline.busy("update", self.step):
+            yield
 
     def phase(self, name: str) -> None:
         """A new phase begins: status.json and the display learn of it."""
@@ -225,12 +255,14 @@ class Session:
         """
         if not self._half_done:
             self.before_change()
-        rollouts = collected.rollouts
+        rollouts, now = collected.rollouts, self.timeline.now()
         row = step_metrics(
             step=self.step, policy_version=self.policy_version, lr=self.lr, rollouts=rollouts, verdicts=verdicts,
             stats=collected.stats, batch=batch, outcome=outcome, update_s=update_s,
             sampled_by_student=self.engines.surrogate.sampled_by == "student",
-            step_s=time.perf_counter() - self._began,
+            step_s=now - self._began, sync_s=None if self.engines.publisher is None else self._sync_s,
+            teacher_exposed_s=self.timeline.exposed("teacher", self._began, now),
+            teacher_busy_s=self.timeline.busy_s("teacher", self._began, now),
         )  # fmt: skip
         dumped = rollout_rows(
             rollouts, outcome, step=self.step, limit=self.config.run.rollouts_logged, tokenizer=self.engines.tokenizer
@@ -247,7 +279,10 @@ class Session:
         for alarm in rings:
             more = {"rollout": culprit} if alarm.name == "nan" else {}
             self._say("alarm", alarm.message, name=alarm.name, action=alarm.action, **more)
+        self._folder.append("timeline", [timeline_row(self.timeline, self.step, self._began, now)])
         self._folder.append("metrics", [row])
+        self.timeline.forget(self.step)
+        self._sync_s = 0.0
         self.step += 1
         self.policy_version += outcome.updates
         self._last_row, self._rng = row, rng_state()
@@ -268,6 +303,7 @@ class Session:
     def boundary(self) -> None:
         """Evaluate and save where the config says so after ``step`` steps."""
         if self._evaluation_due() and self._evaluated < self.step:
+            self.publish()
             self.phase("evaluation")
             self._evaluate()
         every = self.config.run.checkpoint_every
