@@ -392,11 +392,6 @@ class TestChecks:
         with pytest.raises(ModelError, match="no id means the same token"):
             checks.common_vocabulary(ours, shifted)
 
-    def test_an_end_token_of_the_student_alone_warns(self) -> None:
-        assert checks.compare_ends((1,), (1, 2), tiny_tokenizer()).level == "ok"
-        finding = checks.compare_ends((1, 2), (1,), tiny_tokenizer())
-        assert (finding.level, "<end>" in finding.remedy) == ("warn", True)
-
     def test_a_prompt_id_without_a_row_fails_before_the_model_meets_it(self) -> None:
         prompt = Prompt("p", "x", "y", (1, 7))
         assert checks.vocabulary_rows([prompt], (2,), "student", 8).level == "ok"

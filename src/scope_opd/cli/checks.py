@@ -105,23 +105,6 @@ def common_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
     return common
 
 
-def compare_ends(student: Sequence[int], teacher: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Finding:
-    """End tokens of both. One that only the student uses is scored as any token, which is worth knowing."""
-
-    def named(ids: Sequence[int]) -> str:
-        return ", ".join(f"{index} {tokenizer.convert_ids_to_tokens(index)!r}" for index in ids)
-
-    alone = sorted(set(student) - set(teacher))
-    if alone:
-        return Finding(
-            "end tokens",
-            "warn",
-            f"the student ends with {named(student)}, the teacher with {named(teacher)}",
-            f"the teacher scores {named(alone)} as any token: make sure that it knows it from prompts like yours",
-        )
-    return Finding("end tokens", "ok", named(student))
-
-
 def vocabulary_rows(prompts: Sequence[Prompt], ends: Sequence[int], name: str, rows: int) -> Finding:
     """Every id of the prompts and every end token must have a row in the model."""
     largest = max(max(prompt.token_ids) for prompt in prompts)

@@ -199,6 +199,7 @@ def pair(config: Config, tokens: int) -> Iterator[Finding]:
     """Student and teacher: folders, tokenizers, end tokens, memory for sequences of ``tokens``."""
     from scope_opd.cli import checks, engines, inputs, servers
     from scope_opd.cli.checks import Finding, free_memory, gigabytes
+    from scope_opd.cli.ends import judge_ends, served_ends
     from scope_opd.models.loading import end_token_ids, resolve_device
 
     method = inputs.build_configured_method(config)
@@ -219,17 +220,17 @@ def pair(config: Config, tokens: int) -> Iterator[Finding]:
             servers.check_temperature(config, engines.teacher_temperature(config))
         served = inputs.teacher_tokenizer(config)
         yield checks.unknown_tokenizer() if served is None else checks.compare_tokenizers(tokenizer, served)
-        yield checks.compare_ends(ends, ends, tokenizer)
+        yield judge_ends(config, ends, served_ends(config, served), tokenizer, served)[0]
     elif with_teacher:
         teacher, note = _described(config.teacher, lambda: engines.load_teacher(config, device))
         yield Finding("teacher", "ok", f"{config.teacher.path}: {_shape(teacher)}, {note}")
         theirs = inputs.teacher_tokenizer(config)
         assert theirs is not None
         yield checks.compare_tokenizers(tokenizer, theirs)
-        yield checks.compare_ends(ends, end_token_ids(teacher, theirs), tokenizer)
+        yield judge_ends(config, ends, end_token_ids(teacher, theirs), tokenizer, theirs)[0]
         shapes["teacher"] = (sum(p.numel() for p in teacher.parameters()), teacher.config.get_text_config())
     else:
-        yield checks.compare_ends(ends, ends, tokenizer)
+        yield judge_ends(config, ends, ends, tokenizer, tokenizer)[0]
     size, parts = checks.estimated_memory(config, shapes, tokens, gpu=device.type == "cuda")
     available = free_memory() if device.type == "cpu" else _gpu_memory(device)
     level: Level = "warn" if available is not None and size > 0.8 * available else "ok"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from scope_opd.cli import checks, servers
 from scope_opd.cli.early import eval_source
+from scope_opd.cli.ends import judge_ends, served_ends
 from scope_opd.cli.inputs import (
     build_configured_method,
     build_verifier,
@@ -157,7 +158,10 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
     scorer: Teacher | None = None
     common = None
     if served is not None:
-        scorer = servers.pool_teacher(config, served)
+        finding, judged = judge_ends(config, ends, served_ends(config, theirs), tokenizer, theirs)
+        if theirs is not None or finding.level == "FAIL":  # else it was said already that its tokenizer is not known
+            findings.append(finding)
+        scorer = servers.pool_teacher(config, served, judged)
         if method.sampled_by == "teacher":
             sampler = servers.server_sampler(config, served, tokenizer, _head_rows(student))
             temperature = config.teacher.temperature or sampling.temperature
@@ -168,8 +172,9 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
             common = checks.common_vocabulary(tokenizer, theirs)
         teacher = load_teacher(config, device)
         teacher_ends = end_token_ids(teacher, theirs)
+        finding, judged = judge_ends(config, ends, teacher_ends, tokenizer, theirs)
         findings += [
-            checks.compare_ends(ends, teacher_ends, tokenizer),
+            finding,
             checks.vocabulary_rows(train_prompts, (), "teacher", _rows(teacher)),
         ]
         if method.sampled_by == "teacher":
@@ -185,6 +190,7 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
             temperature=teacher_temperature(config),
             max_tokens_per_batch=config.teacher.max_tokens_per_batch,
             log_prob_floor=config.teacher.log_prob_floor,
+            ends=judged,
         )
     warnings += checks.enforce(findings)
     pipeline = Pipeline(

@@ -142,10 +142,16 @@ def student_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 def teacher_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
     """The teacher's tokenizer: ``teacher.tokenizer``, else that of its folder; None where servers leave it unknown."""
     teacher = config.teacher
-    if teacher.tokenizer is None and teacher.served:
+    path = served_teacher_folder(config) if teacher.served else teacher.tokenizer or teacher.path
+    if path is None:
         return None
-    path = teacher.tokenizer or teacher.path
     return load_tokenizer(path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code)
+
+
+def served_teacher_folder(config: Config) -> str | None:
+    """Where to read of a served teacher: ``teacher.tokenizer``, else ``teacher.path`` where that was chosen."""
+    teacher = config.teacher
+    return teacher.tokenizer or (teacher.path if teacher.path != type(teacher)().path else None)
 
 
 def model_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -20,6 +20,7 @@ from scope_opd.models.batching import microbatches, pad_right, response_position
 from scope_opd.models.head import HeadView, response_logprobs
 from scope_opd.models.loading import context_length
 from scope_opd.objective.logprobs import tempered
+from scope_opd.teacher.ends import EndTokens
 from scope_opd.types import Rollout, TeacherScore
 
 
@@ -32,6 +33,7 @@ class LocalTeacher:
         max_tokens_per_batch: prompt + response tokens of one forward pass, padding included.
         log_prob_floor: log-probs below it (-inf too) are raised to it and counted.
         chunk_tokens: tokens projected to the vocabulary at once; None as in ``models.head``.
+        ends: what to do where it ends responses with other tokens than the student; None: score them as any token.
 
     Attributes:
         streams: False: all rollouts of a step are scored together.
@@ -51,6 +53,7 @@ class LocalTeacher:
         max_tokens_per_batch: int = 8192,
         log_prob_floor: float = -100.0,
         chunk_tokens: int | None = None,
+        ends: EndTokens | None = None,
     ) -> None:
         for name, found, right, expected in (
             ("temperature", temperature, 0 < temperature < math.inf, "a number > 0"),
@@ -64,6 +67,7 @@ class LocalTeacher:
         self.max_tokens_per_batch = max_tokens_per_batch
         self.log_prob_floor = log_prob_floor
         self.chunk_tokens = chunk_tokens
+        self.ends = ends
         self._rows = min(model.get_input_embeddings().num_embeddings, self.view.vocabulary)
         self._context = context_length(model.config)
         self._device = next(model.parameters()).device
@@ -97,7 +101,8 @@ class LocalTeacher:
             attention_mask: I[B, L], or None when padding is on the right.
             positions: I[T, 2] of (row, column) of the predicted tokens.
         """
-        return self.view.response_hidden(input_ids, attention_mask, positions)
+        # An id without a row can only be an end token that is excluded: it is the last, so that nothing is read there.
+        return self.view.response_hidden(input_ids.clamp_max(self._rows - 1), attention_mask, positions)
 
     @torch.no_grad()
     def project(self, hidden: Tensor) -> Tensor:
@@ -113,12 +118,15 @@ class LocalTeacher:
                 "lower rollout.max_tokens or data.max_prompt_tokens",
             )
         assert rollout.prompt_token_ids, f"rollout {rollout.id} has no prompt"
-        return max(max(rollout.prompt_token_ids), max(rollout.token_ids, default=0)) < self._rows
+        return max(max(rollout.prompt_token_ids), max(self._response(rollout), default=0)) < self._rows
+
+    def _response(self, rollout: Rollout) -> list[int]:
+        return rollout.token_ids if self.ends is None else self.ends.scored(rollout)
 
     @torch.no_grad()
     def _score_batch(self, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
         input_ids, _ = pad_right(
-            [[*rollout.prompt_token_ids, *rollout.token_ids] for rollout in rollouts], device=self._device
+            [[*rollout.prompt_token_ids, *self._response(rollout)] for rollout in rollouts], device=self._device
         )
         lengths = [len(rollout.token_ids) for rollout in rollouts]
         positions = response_positions([len(rollout.prompt_token_ids) for rollout in rollouts], lengths, self._device)
@@ -128,8 +136,10 @@ class LocalTeacher:
         scores = []
         for rollout, values in zip(rollouts, found.logprobs.cpu().split(lengths), strict=True):
             self._refuse_nan(rollout, values)
-            floored = int((values < self.log_prob_floor).sum())
-            scores.append(TeacherScore(values.clamp_min(self.log_prob_floor).tolist(), floored))
+            mask = None if self.ends is None else self.ends.mask(rollout)
+            used = values if mask is None else values[torch.tensor(mask, dtype=torch.bool)]
+            floored = int((used < self.log_prob_floor).sum())
+            scores.append(TeacherScore(values.clamp_min(self.log_prob_floor).tolist(), floored, mask=mask))
         return scores
 
     @staticmethod
