@@ -7,6 +7,7 @@ Not covered: what proves that a server holds the right weights (``teacher.server
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -165,6 +166,12 @@ async def reports_sampled_logprobs(pool: Pool, endpoint: Endpoint, prompt: Seque
         raise Refused(str(error), "a sample", f"check {endpoint.names.url}") from None
     even = sum(abs(value + math.log(2.0)) < _EVEN for value in reply.value.logprobs)
     return 2 * even > len(reply.value.logprobs)
+
+
+def sample_seed(seed: int, step: int, sample: int, prompt_id: str) -> int:
+    """The seed that a server is given for one sample: a function of what it is for, in [0, 2^63)."""
+    text = f"{seed}/{step}/{sample}/{prompt_id}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def raw_logprobs(endpoint: Endpoint) -> RunFailed:

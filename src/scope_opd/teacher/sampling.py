@@ -9,7 +9,6 @@ the student's samples.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +16,13 @@ from typing import Any
 from scope_opd.errors import RunFailed, ScopeError
 from scope_opd.serving.faults import Fault, RowRefused, Unanswered
 from scope_opd.serving.pool import Endpoint, Reply
-from scope_opd.serving.route import fatal_in_a_run, patiently, raw_logprobs, reports_sampled_logprobs
+from scope_opd.serving.route import (
+    fatal_in_a_run,
+    patiently,
+    raw_logprobs,
+    reports_sampled_logprobs,
+    sample_seed,
+)
 from scope_opd.serving.vllm import Drawn, parse_sample, sample_body
 from scope_opd.teacher.servers import Route, Servers
 from scope_opd.types import Prompt, Rollout, SamplingParams
@@ -75,8 +80,7 @@ class ServerSampler:
         self, prompt: Prompt, params: SamplingParams, step: int, sample: int, policy_version: int
     ) -> Rollout:
         route = self._route(prompt)
-        text = f"{params.seed}/{step}/{sample}/{prompt.id}".encode("utf-8", "surrogatepass")
-        seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+        seed = sample_seed(params.seed, step, sample, prompt.id)
         name = f"{prompt.id}/{step}/{sample}"
         try:
             done = await route.pool.call(
