@@ -71,7 +71,7 @@ def main() -> int:
         async def step(number: int, count: int) -> list[TeacherScore]:
             await teacher.begin_step([], number)
             scores = await teacher.score([rollouts[(done + index) % DISTINCT] for index in range(count)])
-            await teacher.end_step()
+            await teacher.end_step(number)
             return scores
 
         while done < options.scorings:

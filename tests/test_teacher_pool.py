@@ -239,7 +239,7 @@ def test_weights_that_change_without_a_broken_connection_are_found_at_the_end_of
         await teacher.begin_step([], 0)
         await teacher.score(made_rollouts(3))
         server.table = other
-        await teacher.end_step()
+        await teacher.end_step(0)
 
     with FaultServer(table) as server, teacher_of(server.url) as teacher, pytest.raises(RunFailed, match="another"):
         asyncio.run(step(teacher))
@@ -249,7 +249,7 @@ def test_one_odd_fingerprint_is_asked_for_again_before_the_run_stops(table: Tabl
     async def step() -> None:
         await teacher.begin_step([], 0)
         await teacher.score(made_rollouts(3))
-        await teacher.end_step()
+        await teacher.end_step(0)
 
     plans = iter([None, "shifted", *[None] * 50])
     with FaultServer(table, lambda: next(plans)) as server, teacher_of(server.url) as teacher:
@@ -301,7 +301,7 @@ def test_too_many_unscored_rollouts_stop_the_step(table: Table) -> None:
         faulty[0] = True
         await teacher.score(made_rollouts(5))
         faulty[0] = False
-        await teacher.end_step()
+        await teacher.end_step(7)
 
     faulty = [False]
     with FaultServer(table, lambda: "500" if faulty[0] else None) as server:
@@ -324,7 +324,7 @@ def test_prompts_go_to_the_teacher_of_their_route(table: Table, other: Table) ->
             async def step() -> list[TeacherScore]:
                 await teacher.begin_step(prompts, 0)
                 scores = await teacher.score(rollouts)
-                await teacher.end_step()
+                await teacher.end_step(0)
                 return scores
 
             scores = asyncio.run(step())
@@ -361,7 +361,7 @@ def test_the_ledger_says_who_scored_what(table: Table, tmp_path: Path) -> None:
     async def step() -> None:
         await teacher.begin_step([], 3)
         await teacher.score(made_rollouts(4))
-        await teacher.end_step()
+        await teacher.end_step(3)
 
     path = tmp_path / "teacher.jsonl"
     with FaultServer(table) as server, teacher_of(server.url, ledger=path) as teacher:
@@ -554,7 +554,7 @@ def test_a_server_that_hangs_at_the_end_of_a_step_is_not_waited_for_again_and_ag
         await teacher.score(made_rollouts(2))
         server.delay_s = 30.0
         began = time.monotonic()
-        await teacher.end_step()
+        await teacher.end_step(0)
         return time.monotonic() - began
 
     with FaultServer(table) as server, teacher_of(server.url, client={"read_timeout_s": 0.5}) as teacher:

@@ -191,8 +191,11 @@ class StepTeacher(Teacher, Protocol):
         """Before the first rollout of a step."""
         ...
 
-    async def end_step(self) -> list[str]:
-        """After the last score of a step; returns lines for the user. If it raises, the step is not taken."""
+    async def end_step(self, step: int) -> list[str]:
+        """After the last score of a step (others may have begun meanwhile); returns lines for the user.
+
+        If it raises, the step is not taken.
+        """
         ...
 
 

@@ -247,7 +247,7 @@ class Pipeline:
             for rollout in state.waiting:
                 self._join(state, rollout)
         if isinstance(self.teacher, StepTeacher):
-            state.stats.notes += await self.teacher.end_step()
+            state.stats.notes += await self.teacher.end_step(step)
         short = [name for name in state.prompts if len(state.members.get(name, [])) != params.n]
         if short:
             found = f"prompt {short[0]!r} has {len(state.members.get(short[0], []))} rollouts"

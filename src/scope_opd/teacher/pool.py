@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from scope_opd.errors import RunFailed, ScopeError
@@ -41,8 +41,19 @@ class Outcome:
     row: dict[str, Any]
 
 
+@dataclass(slots=True)
+class _Step:
+    """What is known of a step whose rollouts are being scored. Several may be under way (generation that ran ahead)."""
+
+    number: int | None = None
+    routes: dict[str, str] = field(default_factory=dict)
+    requests: int = 0
+    unscored: int = 0
+    last_error: str = ""
+
+
 class PoolTeacher:
-    """Scores rollouts with servers; implements ``types.StepTeacher``.
+    """Scores rollouts with servers; implements ``types.StepTeacher``. Each rollout counts for its own step.
 
     Args:
         servers: open. ``close`` ends them.
@@ -69,21 +80,19 @@ class PoolTeacher:
         self.ends = ends
         self.servers, self.log_prob_floor, self.max_unscored = servers, log_prob_floor, max_unscored
         self._route_of = route_of
-        self._routes: dict[str, str] = {}
-        self._step: int | None = None
-        self._requests = self._unscored = 0
-        self._last_error = ""
+        self._latest = _Step()
+        self._steps: dict[int | None, _Step] = {}
         self._told_down: set[str] = set()
 
     async def begin_step(self, prompts: Sequence[Prompt], step: int) -> None:
         """A step begins: learn its prompts' routes, and have every server prove itself before it is used."""
         self.servers.ledger.open()
-        self._step, self._requests, self._unscored = step, 0, 0
+        self._latest = self._steps[step] = _Step(step)
         if self._route_of is not None:
-            self._routes = {prompt.id: self._route_of(prompt) for prompt in prompts}
+            self._latest.routes = {prompt.id: self._route_of(prompt) for prompt in prompts}
         await self._probe(wait=False)
 
-    async def end_step(self) -> list[str]:
+    async def end_step(self, step: int) -> list[str]:
         """A step's rollouts are all scored: have the servers prove themselves again, and count what is missing.
 
         Returns:
@@ -93,10 +102,11 @@ class PoolTeacher:
             RunFailed: a server serves another model than at the start, or too much is unscored.
         """
         await self._probe(wait=True)
-        if self._unscored > self.max_unscored * self._requests:
+        done = self._steps.pop(step)
+        if done.unscored > self.max_unscored * done.requests:
             raise RunFailed(
-                f"step {self._step}: {self._unscored} of {self._requests} rollouts could not be scored by the teacher; "
-                f"{self._last_error}",
+                f"step {step}: {done.unscored} of {done.requests} rollouts could not be scored by the teacher; "
+                f"{done.last_error}",
                 f"at most {self.max_unscored:.3g} of them (teacher.max_unscored)",
                 "the step was not taken: see to the servers, then continue with --resume",
             )
@@ -132,13 +142,14 @@ class PoolTeacher:
         """
         if not rollout.token_ids:
             return Outcome([], None, False, 0, {})
-        name = self._routes.get(rollout.group, "") if self._route_of is not None else ""
+        step = self._step_of(rollout)
+        name = step.routes.get(rollout.group, "") if self._route_of is not None else ""
         route = self.servers.routes[name]
         response = rollout.token_ids if self.ends is None else self.ends.scored(rollout)
         tokens = (*rollout.prompt_token_ids, *response)
         request = ScoreRequest(tokens, len(rollout.prompt_token_ids))
         row: dict[str, Any] = {
-            "time": time.time(), "step": self._step, "id": rollout.id, "route": name, "model": route.settings.model,
+            "time": time.time(), "step": step.number, "id": rollout.id, "route": name, "model": route.settings.model,
             "tokens": len(tokens), "token_hash": token_hash(tokens),
         }  # fmt: skip
         try:
@@ -168,16 +179,20 @@ class PoolTeacher:
         if not outcome.row:
             return TeacherScore([])
         self.servers.ledger.add(outcome.row)
-        self._requests += 1
+        step = self._step_of(rollout)
+        step.requests += 1
         if outcome.logprobs is None:
             # A token that the teacher lacks is the rollout's own fault, in process too: no reason to stop the run.
-            self._unscored += not outcome.foreign
-            self._last_error = outcome.error or ""
+            step.unscored += not outcome.foreign
+            step.last_error = outcome.error or ""
             return TeacherScore(None, tries=outcome.tries)
         values, mask = outcome.logprobs, None if self.ends is None else self.ends.mask(rollout)
         used = [value for value, keep in zip(values, mask or [1] * len(values), strict=True) if keep]
         floored = sum(value < self.log_prob_floor for value in used)
         return TeacherScore([max(value, self.log_prob_floor) for value in values], floored, outcome.tries, mask)
+
+    def _step_of(self, rollout: Rollout) -> _Step:
+        return self._steps.get(rollout.step, self._latest)
 
     def _changes(self) -> list[str]:
         endpoints = [endpoint for route in self.servers.routes.values() for endpoint in route.pool.endpoints]
