@@ -21,9 +21,10 @@ from scope_opd.errors import RunFolderError, ScopeError
 from scope_opd.evaluate.metrics import bootstrap_interval, pass_at_k
 from scope_opd.report import build_report
 from scope_opd.report.groups import group_runs
-from scope_opd.report.load import load_run, read_spans
-from scope_opd.report.plots import thinned
-from scope_opd.report.timeline import Axis, choices, hidden_share, lanes_of, length, union, without
+from scope_opd.report.load import load_run
+from scope_opd.report.plots import STAGES, stage_means, thinned
+from scope_opd.report.spans import CLAIMS, claimed, length, union, without
+from scope_opd.report.timeline import Axis, choices, lanes_of
 from scope_opd.report.viewer import viewer_data
 
 SMALL = {"steps": 4, "problems": 40, "n": 8}
@@ -400,6 +401,10 @@ def test_hidden_and_exposed_seconds_are_those_of_a_count_on_a_fine_grid(seed: in
     for stage, found in at_work.items():
         assert length(lanes[stage]) == pytest.approx(found.sum() / 10)
     assert length(alone) == pytest.approx((at_work["teacher"] & ~others).sum() / 10)
+    seconds, inside, free = claimed(spans, 15.0), (middles > 0) & (middles < 15), np.ones_like(others)
+    for stage in CLAIMS:
+        assert seconds[stage] == pytest.approx((at_work[stage] & free & inside).sum() / 10, abs=1e-9)
+        free &= ~at_work[stage]
 
 
 @pytest.mark.parametrize("ends", [(0.0, 17.1), (-1.5, 642.0), (0.0, 1e-6), (-1e7, 1e7), (0.0, 6.0), (0.3, 0.9)])
@@ -417,16 +422,43 @@ def test_a_step_in_time_is_drawn_with_the_hidden_share_and_a_choice_of_step(tmp_
     assert picked == {"median": 1, "slowest": 2, "last": 4}
     page = report(tmp_path, run)
     assert page.raw.count('<input type="radio" name="timeline"') == 3
-    assert "The teacher was at work for 9.00 s, for 8.00 s of it (89 %) behind other stages and for 1.00 s alone" in (
-        page.text
+    assert (
+        "The step took 17.1 s. The teacher was at work for 9.00 s, 89 % of it hidden: for 1.00 s it worked alone"
+        in (page.text)
     )
-    assert "for 0.00 s of it (0 %) behind other stages and for 8.00 s alone" in page.text  # the slowest
-    busy = sum(length(lanes_of(spans)[0]["teacher"]) for spans in read_spans(loaded, loaded.timeline))
-    assert hidden_share(loaded) == pytest.approx(1 - 11 / busy)
+    assert "The teacher was at work for 8.00 s, 0 % of it hidden: for 8.00 s it worked alone" in page.text
     assert "Teacher: at work for 9.00 s in 2 stretches between 3.00 s and 12.5 s" in page.raw.replace(
         "\N{NO-BREAK SPACE}", " "
     )
     assert "ran ahead" in page.text
+
+
+def test_what_a_step_hid_behind_other_steps_is_taken_from_its_metrics(tmp_path: Path) -> None:
+    run = fake_run.write_run(tmp_path / "scope", "scope", 0, timeline=True, **SMALL)
+    rows = fake_run.read_jsonl(run / "metrics.jsonl")
+    for row in rows:
+        row.update({"time/teacher_exposed_s": 0.25, "perf/teacher_hidden_share": 0.9 + 0.01 * row["step"]})
+    fake_run.write_jsonl(run / "metrics.jsonl", rows)
+    page = report(tmp_path, run)
+    assert "The teacher was at work for 9.00 s, 91 % of it hidden: for 0.25 s it worked alone" in page.text
+    assert "Teacher hidden, all steps" in page.text
+    assert '<td class="num">0.25\N{NO-BREAK SPACE}s</td><td class="num">92\N{NO-BREAK SPACE}%</td>' in page.raw
+
+
+def test_time_by_stage_counts_every_second_once(tmp_path: Path) -> None:
+    run = fake_run.write_run(tmp_path / "scope", "scope", 0, timeline=True, **SMALL)
+    rows = fake_run.read_jsonl(run / "metrics.jsonl")
+    for row in rows:
+        row["time/teacher_s"] = 1e6  # the sum over calls that ran at once
+    fake_run.write_jsonl(run / "metrics.jsonl", rows)
+    (group,), _ = group_runs([load_run(run)])
+    means = stage_means(group)
+    assert means is not None
+    stages, whole = means
+    timeline = fake_run.read_jsonl(run / "timeline.jsonl")
+    assert whole == pytest.approx(np.mean([row["seconds"] for row in timeline]))
+    assert sum(stages) <= whole
+    assert stages[[stage for stage, _, _ in STAGES].index("teacher")] == pytest.approx((1 + 8 + 1 + 1) / 4)
 
 
 def test_one_step_needs_no_choice_and_a_step_without_teacher_says_so(tmp_path: Path) -> None:

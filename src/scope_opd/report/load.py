@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scope_opd.errors import RunFolderError
+from scope_opd.report.spans import Stretches, claimed
 
 Route = Literal["student", "teacher"]
 RUN_FILES = ("run.json", "metrics.jsonl", "eval.jsonl")
-Spans = dict[str, list[tuple[float, float]]]
-"""Stretches (begin, end), in seconds from the step's begin, in which each stage was at work."""
+Spans = dict[str, Stretches]
+"""When each stage was at work, in seconds from the step's begin."""
 
 LONGEST_S = 1e7
 """Seconds beyond which (some four months) a time is no measurement."""
@@ -55,11 +56,12 @@ class RolloutPoint:
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Where a step's row of timeline.jsonl begins, and how many seconds the step took."""
+    """A step's row of timeline.jsonl: where it begins, the step's seconds, and those by stage (``spans.claimed``)."""
 
     step: int
     seconds: float
     offset: int
+    claimed: dict[str, float]
 
 
 @dataclass(slots=True)
@@ -303,10 +305,11 @@ def _read_timeline(run: Run) -> list[StepTime]:
     without = 0
     for offset, row in _rows(run, "timeline.jsonl"):
         step, seconds = number(row.get("step")), number(row.get("seconds"))
-        if step is None or seconds is None or not 1e-6 <= seconds <= LONGEST_S or _spans(row) is None:
+        spans = _spans(row)
+        if step is None or seconds is None or not 1e-6 <= seconds <= LONGEST_S or spans is None:
             without += 1
             continue
-        steps[int(step)] = StepTime(int(step), seconds, offset)
+        steps[int(step)] = StepTime(int(step), seconds, offset, claimed(spans, seconds))
     if without:
         run.notes.append(f"timeline.jsonl has {without} row{'s' * (without > 1)} without readable spans: left out.")
     return [steps[step] for step in sorted(steps)]

@@ -15,11 +15,14 @@ from scope_opd.report.svg import DASHES, GRID, INK, MUTED, SURFACE, new_figure, 
 
 FloatArray = NDArray[np.float64]
 STAGES = (
-    ("time/generation_s", "Generation"),
-    ("time/verify_s", "Verification"),
-    ("time/teacher_s", "Teacher scoring"),
-    ("time/update_s", "Update"),
+    ("generation", "Generation", 0),
+    ("verify", "Verification", 1),
+    ("teacher", "Teacher scoring", 2),
+    ("update", "Update", 3),
+    ("sync", "Weights to samplers", 5),
 )
+"""Stage, its name, and the number of its colour in report.css."""
+OTHER = 4
 MAX_POINTS = 350
 """Marks in one scatter (evenly chosen by order of step beyond that), points of one curve."""
 
@@ -209,10 +212,17 @@ def _ends(ppl: FloatArray) -> tuple[float, float]:
 
 
 def stage_means(group: Group) -> tuple[list[float], float] | None:
-    """(mean seconds of each stage, mean seconds of a step) over all steps of all seeds."""
+    """(mean seconds of each stage, mean seconds of a step) over all steps of all seeds.
+
+    From timeline.jsonl, each second counted once (``spans.claimed``); without one as metrics.jsonl has them.
+    """
+    times = [time for run in group.runs for time in run.timeline]
+    if times:
+        stages = [float(np.mean([time.claimed[stage] for time in times])) for stage, _, _ in STAGES]
+        return stages, float(np.mean([time.seconds for time in times]))
     stages = []
-    for key, _ in STAGES:
-        values = np.concatenate([series(run, key)[1] for run in group.runs])
+    for stage, _, _ in STAGES:
+        values = np.concatenate([series(run, f"time/{stage}_s")[1] for run in group.runs])
         stages.append(float(values.mean()) if values.size else 0.0)
     steps = np.concatenate([series(run, "time/step_s")[1] for run in group.runs])
     whole = float(steps.mean()) if steps.size else sum(stages)
@@ -228,8 +238,10 @@ def time_by_stage(groups: Sequence[Group], name: str) -> str | None:
     figure, axes = new_figure(width_in=10.4, height_in=0.5 + 0.34 * len(found), left_in=min(label_in, 4.0))
     for row, (_, (stages, whole)) in enumerate(found):
         left = 0.0
-        for stage, seconds in enumerate([*stages, max(0.0, whole - sum(stages))]):
-            axes.barh(row, seconds, left=left, height=0.62, color=stage_colour(stage), edgecolor=SURFACE, linewidth=0.8)
+        colours = [colour for _, _, colour in STAGES] + [OTHER]
+        for colour, seconds in zip(colours, [*stages, max(0.0, whole - sum(stages))], strict=True):
+            bar = {"height": 0.62, "color": stage_colour(colour), "edgecolor": SURFACE, "linewidth": 0.8}
+            axes.barh(row, seconds, left=left, **bar)
             left += seconds
         at = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "ha": "left"}
         axes.annotate(_seconds(whole), (left, row), color=INK, **at)

@@ -211,26 +211,32 @@ def timing(groups: Sequence[Group]) -> Section:
     svg = plots.time_by_stage(groups, "time")
     if svg is None:
         return section("time", "Time", "", missing("No time/ figures in metrics.jsonl."))
-    names = [name for _, name in plots.STAGES] + ["Other"]
+    found = [(group, means) for group in groups if (means := plots.stage_means(group)) is not None]
+    shown = [
+        (name, colour)
+        for index, (_, name, colour) in enumerate(plots.STAGES)
+        if any(stages[index] > 0 for _, (stages, _) in found)
+    ]
     keys = "".join(
-        f'<li><span class="key" style="background:var(--t{index})"></span>{name}</li>'
-        for index, name in enumerate(names)
+        f'<li><span class="key" style="background:var(--t{colour})"></span>{name}</li>'
+        for name, colour in [*shown, ("Other", plots.OTHER)]
     )
     caption = (
-        "Mean over all steps and seeds; the number is the whole step. “Other” is what no stage claims. Stages that "
-        "overlap can add up to more than the step."
+        "Mean over all steps and seeds; the number is the whole step. “Other” is what no stage claims. A second in "
+        "which several stages were at work counts once: for generation, else update, else verification, else weights; "
+        "the teacher’s part is what it adds to a step."
     )
+    if any(run.metrics and not run.timeline for group in groups for run in group.runs):
+        caption += " Without timeline.jsonl stages that overlap can add up to more than the step."
     rows = []
-    for group in groups:
-        means = plots.stage_means(group)
-        if means is None:
-            continue
+    for group, (_, whole) in found:
         total = [float(plots.series(run, "time/step_s")[1].sum()) for run in group.runs]
         speed = [value for run in group.runs for value in plots.series(run, "perf/tokens_per_s")[1]]
         memory = [value for run in group.runs for value in plots.series(run, "perf/peak_rss_mb")[1]]
         rows.append(
             f'<tr><th scope="row">{swatch(group)}{escape(group.label)}</th>'
-            f'<td class="num">{means[1]:.2f} s</td><td class="num">{_duration(sum(total) / len(total))}</td>'
+            f'<td class="num">{whole:.2f} s</td>'
+            f'<td class="num">{_duration(sum(total) / len(total)) if any(total) else "–"}</td>'
             f'<td class="num">{_count(sum(speed) / len(speed)) if speed else "–"}</td>'
             f'<td class="num">{f"{max(memory):,.0f} MB" if memory else "–"}</td></tr>'
         )

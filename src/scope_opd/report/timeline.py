@@ -7,13 +7,15 @@ left out. Not covered: which rollout a stretch belongs to.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 from scope_opd.report.groups import Group
-from scope_opd.report.load import Run, Spans, StepTime, read_spans
+from scope_opd.report.load import Run, Spans, StepTime, number, read_spans
 from scope_opd.report.parts import Section, section, swatch, table
+from scope_opd.report.spans import Stretches, length, union, without
 
 STAGES = {
     "generation": ("Generation", 0),
@@ -29,8 +31,6 @@ SHOWN = 3
 
 UNITS = 1000
 """Units of a lane from the axis's left to its right. What lies closer together than one is drawn as one."""
-
-Stretches = list[tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,11 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A step as it is drawn. ``alone``: stretches in which the teacher was the only stage at work."""
+    """A step as it is drawn.
+
+    Attributes:
+        alone: stretches in which the teacher was the only stage at work for this step.
+    """
 
     run: Run
     time: StepTime
@@ -63,42 +67,21 @@ class Drawn:
     alone: Stretches
 
     @property
+    def row(self) -> dict[str, Any]:
+        """The step's metrics, empty where there are none."""
+        return next((row for row in self.run.metrics if row["step"] == self.time.step), {})
+
+    @property
+    def exposed_s(self) -> float:
+        """Seconds of the step in which no stage but the teacher was at work for any step."""
+        exposed = number(self.row.get("time/teacher_exposed_s"))
+        return length(self.alone) if exposed is None else exposed
+
+    @property
     def ends(self) -> tuple[float, float]:
         """The first and the last second that the picture must hold."""
         spans = [span for lane in self.lanes.values() for span in lane]
         return min([0.0, *(begin for begin, _ in spans)]), max([self.time.seconds, *(end for _, end in spans)])
-
-
-def union(spans: Iterable[tuple[float, float]]) -> Stretches:
-    """The same seconds as stretches that neither overlap nor touch, in order."""
-    merged: Stretches = []
-    for begin, end in sorted(spans):
-        if merged and begin <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((begin, end))
-    return merged
-
-
-def without(spans: Stretches, others: Stretches) -> Stretches:
-    """What of ``spans`` lies in none of ``others``; both as ``union`` gives them."""
-    left: Stretches = []
-    for begin, end in spans:
-        for other_begin, other_end in others:
-            if other_end <= begin:
-                continue
-            if other_begin >= end:
-                break
-            if other_begin > begin:
-                left.append((begin, other_begin))
-            begin = max(begin, other_end)
-        if begin < end:
-            left.append((begin, end))
-    return left
-
-
-def length(spans: Stretches) -> float:
-    return math.fsum(end - begin for begin, end in spans)
 
 
 def lanes_of(spans: Spans) -> tuple[dict[str, Stretches], Stretches]:
@@ -109,12 +92,9 @@ def lanes_of(spans: Spans) -> tuple[dict[str, Stretches], Stretches]:
 
 
 def hidden_share(run: Run) -> float | None:
-    """Share of the teacher's seconds, over all steps, in which another stage was at work too; None without any."""
-    busy = alone = 0.0
-    for spans in read_spans(run, run.timeline):
-        lanes, exposed = lanes_of(spans)
-        busy, alone = busy + length(lanes["teacher"]), alone + length(exposed)
-    return 1 - alone / busy if busy > 0 else None
+    """Mean over steps of the share of the teacher's time that was hidden; None where it never worked."""
+    shares = [share for row in run.metrics if (share := number(row.get("perf/teacher_hidden_share"))) is not None]
+    return sum(shares) / len(shares) if shares else None
 
 
 def choices(run: Run) -> dict[str, StepTime]:
@@ -145,8 +125,8 @@ def one_step(groups: Sequence[Group]) -> Section | None:
         panels.append(f'<div class="panel {name}">{"".join(pictures[:SHOWN] + folded)}</div>')
     intro = (
         "When each stage of a step was at work, in seconds from the step’s begin; the same scale for all methods. The "
-        "teacher’s time is hidden while another stage works too; where it alone was at work, its bar is higher and "
-        "framed."
+        "teacher’s time is hidden while another stage works too; where it alone was at work for this step, "
+        "its bar is higher and framed."
     )
     return section("timeline", "One step in time", intro, _choice(names), *panels, _table(found))
 
@@ -202,14 +182,20 @@ def _bars(stretches: Stretches, axis: Axis, top: float, height: float) -> str:
 
 
 def _caption(drawn: Drawn) -> str:
-    busy, alone = length(drawn.lanes["teacher"]), length(drawn.alone)
-    first = f"The step took {_s(drawn.time.seconds)}."
-    if drawn.ends[0] < 0:
-        first += f" Work before its begin ({_s(-drawn.ends[0])} at most) ran ahead, beside the step before."
+    busy, exposed = length(drawn.lanes["teacher"]), drawn.exposed_s
+    told = f"The step took {_s(drawn.time.seconds)}. "
     if busy <= 0:
-        return f"{first} The teacher was not at work."
-    hidden = f"{_s(busy - alone)} of it ({_percent(1 - alone / busy)}) behind other stages"
-    return f"{first} The teacher was at work for {_s(busy)}, for {hidden} and for {_s(alone)} alone."
+        told += "The teacher was not at work."
+    else:
+        share = number(drawn.row.get("perf/teacher_hidden_share"))
+        hidden = _percent(1 - exposed / busy if share is None else share)
+        told += f"The teacher was at work for {_s(busy)}, {hidden} of it hidden: for {_s(exposed)} it worked alone."
+    if drawn.ends[0] < 0:
+        told += (
+            " What lies before 0 ran ahead, beside the step before; likewise work for the step after may have hidden "
+            "the teacher’s, which is not drawn but counted."
+        )
+    return told
 
 
 def _told(name: str, stretches: Stretches) -> str:
@@ -226,7 +212,7 @@ def _table(found: Sequence[tuple[Group, Run]]) -> str:
     for group, run in found:
         drawn = _drawn(run, choices(run)["median"])
         share = hidden_share(run)
-        cells = [_s(drawn.time.seconds), *(_s(length(drawn.lanes[stage])) for stage in STAGES), _s(length(drawn.alone))]
+        cells = [_s(drawn.time.seconds), *(_s(length(drawn.lanes[stage])) for stage in STAGES), _s(drawn.exposed_s)]
         cells.append("–" if share is None else _percent(share))
         numbers = "".join(f'<td class="num">{cell}</td>' for cell in cells)
         rows.append(f'<tr><th scope="row">{swatch(group)}{escape(group.label)}</th>{numbers}</tr>')
