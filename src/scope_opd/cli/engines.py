@@ -30,6 +30,8 @@ from scope_opd.cli.inputs import (
     student_tokenizer,
     teacher_tokenizer,
 )
+from scope_opd.cli.templates import compare_prompts
+from scope_opd.cli.pipelines import build_pipeline, steps_ahead
 from scope_opd.config import Config
 from scope_opd.credit import assign_credit
 from scope_opd.data.prompts import PromptSchedule
@@ -38,7 +40,6 @@ from scope_opd.evaluate.run import evaluate, evaluation_seed
 from scope_opd.models.head import HeadView, response_logprobs
 from scope_opd.models.loading import end_token_ids, load_model, resolve_device
 from scope_opd.objective.methods import Method
-from scope_opd.pipeline import Pipeline
 from scope_opd.rollout.local import LocalSampler
 from scope_opd.teacher.local import LocalTeacher
 from scope_opd.train.engines import Engines, SurrogateSettings, TokenFunction
@@ -98,6 +99,7 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     device = resolve_device(config.train.device)
+    steps_ahead(config)
     method = build_configured_method(config)
     with_teacher = needs_teacher(config, method)
     held_out = eval_source(config)
@@ -132,7 +134,10 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
         servers.check_routes(config, train_prompts)
     theirs = teacher_tokenizer(config) if with_teacher else None
     if theirs is not None:
-        findings.append(checks.compare_tokenizers(tokenizer, theirs))
+        findings += [
+            checks.compare_tokenizers(tokenizer, theirs),
+            compare_prompts(config, data.rows, tokenizer, theirs),
+        ]
     elif with_teacher:
         findings.append(checks.unknown_tokenizer())
     warnings += checks.enforce(findings)
@@ -193,14 +198,7 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
             ends=judged,
         )
     warnings += checks.enforce(findings)
-    pipeline = Pipeline(
-        sampler,
-        verifier,
-        scorer,
-        method.needs_teacher,
-        truncated=config.objective.truncated,
-        reward_threshold=config.objective.reward_threshold,
-    )
+    pipeline = build_pipeline(config, method, sampler, verifier, scorer, schedule)
     evaluator = None
     if eval_prompts:
         judge = eval_sampler(config, student, tokenizer, autocast)
