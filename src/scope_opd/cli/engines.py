@@ -30,8 +30,8 @@ from scope_opd.cli.inputs import (
     student_tokenizer,
     teacher_tokenizer,
 )
-from scope_opd.cli.templates import compare_prompts
 from scope_opd.cli.pipelines import build_pipeline, steps_ahead
+from scope_opd.cli.templates import compare_prompts
 from scope_opd.config import Config
 from scope_opd.credit import assign_credit
 from scope_opd.data.prompts import PromptSchedule
