@@ -146,8 +146,8 @@ def plan_launch(
     argv += _flags(config, kind, flags, served)
     if kind == "student":
         argv += ["--worker-extension-cls", EXTENSION]
-        if config.rollout.sync != "files":
-            argv += ["--weight-transfer-config", json.dumps({"backend": config.rollout.sync})]
+        # Idle unless rollout.sync asks for it; a server need not be started again for another way of syncing.
+        argv += ["--weight-transfer-config", json.dumps({"backend": "scope"})]
         if config.rollout.colocated:
             argv.append("--enable-sleep-mode")
     argv += [*flags.extra_args]
