@@ -190,19 +190,28 @@ class Samplers:
                 await self._learn_honesty(endpoint)
 
     async def _confirm_weights(self, endpoint: Endpoint, target: Target) -> None:
-        known, control = self._known[endpoint], Control(self.http, endpoint)
-        tag = await control.weight_version()
+        known = self._known[endpoint]
+        tag = await Control(self.http, endpoint).weight_version()
         if tag == known.tag != target.tag and endpoint.state == "up":
             return  # it holds what it was given; the sync that set the target is about to come here
         if known.version != target.version or tag != target.tag:
             known.honest = None
             await target.load(endpoint)
             known.version, known.tag, endpoint.renewed_at = target.version, target.tag, monotonic()
-            if (tag := await control.weight_version()) != target.tag:
-                raise RunFailed(
-                    f"{endpoint.url} says it holds the weights {tag!r} after it was given {target.tag!r}",
-                    "the weights it was given", "see that no other run syncs the same server, then use --resume",
-                )  # fmt: skip
+        await self.prove(endpoint, target)
+
+    async def prove(self, endpoint: Endpoint, target: Target) -> None:
+        """Have an endpoint that was given the target's weights show that it serves them. Its lock is held.
+
+        Raises:
+            Fault: it could not be asked.
+            RunFailed: its tag is another, or its log-probs are.
+        """
+        if (tag := await Control(self.http, endpoint).weight_version()) != target.tag:
+            raise RunFailed(
+                f"{endpoint.url} says it holds the weights {tag!r} after it was given {target.tag!r}",
+                "the weights it was given", "see that no other run syncs the same server, then use --resume",
+            )  # fmt: skip
         gap = await target.probe(endpoint)
         if gap > target.tolerance:
             gap = await target.probe(endpoint)  # once more: a single answer may be a single mistake
