@@ -249,6 +249,8 @@ class Pipeline:
                 self._join(state, rollout)
         if isinstance(self.teacher, StepTeacher):
             state.stats.notes += await self.teacher.end_step(step)
+        if notes := getattr(self.sampler, "notes", None):  # servers that went down or came back
+            state.stats.notes += notes()
         short = [name for name in state.prompts if len(state.members.get(name, [])) != params.n]
         if short:
             found = f"prompt {short[0]!r} has {len(state.members.get(short[0], []))} rollouts"
