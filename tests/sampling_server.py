@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fault_server import MODEL, FaultServer, Plan, Table
 from scope_opd.addresses import parse_base_url
@@ -106,7 +106,27 @@ class SamplingServer(FaultServer):
     ) -> bool:
         if self.development and path == f"{self.prefix}/weight_info":
             return await self._send(writer, 200, {"weight_version": self.weights.tag})
+        if self.development and method == "POST" and not path.startswith(f"{self.prefix}/v1/"):
+            self.paths[path] += 1
+            return await self._send(writer, 200, self._developed(path.removeprefix(self.prefix), body))
         return await super()._answer(method, path, headers, body, writer)
+
+    def _developed(self, path: str, body: bytes) -> dict[str, Any]:
+        """The development routes that a sync by files uses."""
+        route, _, _ = path.partition("?")
+        if route == "/pause":
+            self.gate.clear()
+        elif route == "/resume":
+            self.gate.set()
+        elif route == "/collective_rpc":
+            asked = json.loads(body)["kwargs"]
+            model = AutoModelForCausalLM.from_pretrained(asked["folder"]).eval()
+            self._next = Weights(model, asked["tag"])
+            return {"results": [{"tag": asked["tag"]}]}
+        elif route == "/update_weight_version":
+            assert self._next.tag == json.loads(body)["new_version"]
+            self.load(self._next)
+        return {"success": True}
 
     def draw(self, request: dict[str, Any], place: int, ids: Sequence[int]) -> tuple[int, float]:
         """The next token and the log-prob that is reported of it."""
@@ -114,6 +134,11 @@ class SamplingServer(FaultServer):
         shaped = logits / request["temperature"]
         if request["top_k"]:
             shaped = shaped.masked_fill(shaped < shaped.topk(request["top_k"]).values[-1], -math.inf)
+        if "allowed_token_ids" in request:
+            others = torch.ones_like(shaped, dtype=torch.bool).index_fill_(
+                0, torch.tensor(request["allowed_token_ids"]), 0
+            )
+            shaped = shaped.masked_fill(others, -math.inf)
         chances = shaped.log_softmax(-1)
         uniform = random.Random(f"{request['seed']}/{place}").random()
         token = int(torch.searchsorted(chances.exp().double().cumsum(-1), uniform).clamp(max=len(chances) - 1))
