@@ -40,13 +40,16 @@ class Files:
         folder: where; made if it is not there. What an earlier sitting left in it is removed.
         model: the student.
         dtype: of the files: what the servers compute in. None: the student's own.
-
-    Raises:
-        ConfigError: nothing can be written there.
     """
 
     def __init__(self, folder: Path, model: Any, *, dtype: torch.dtype | None = None) -> None:
         self.folder, self._model, self._dtype = folder.resolve(), model, dtype
+        self._opened = False
+
+    def _open(self) -> None:
+        """At the first version, not before: by then the run holds the lock of its folder, in which this one may be."""
+        if self._opened:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove(self._versions())
@@ -54,16 +57,19 @@ class Files:
             (self.folder / ".writing").unlink()
         except OSError as error:
             raise ConfigError(
-                f"rollout.sync_dir: {folder} cannot be written: {error.strerror or error}",
+                f"rollout.sync_dir: {self.folder} cannot be written: {error.strerror or error}",
                 "a folder for weights, with the same path on the servers' machines", "set rollout.sync_dir",
             ) from None  # fmt: skip
+        self._opened = True
 
     def prepare(self, version: int, tag: str) -> Load:
         """Write ``v{version}`` and forget older ones.
 
         Raises:
-            RunFailed: it could not be written; nothing of it is left.
+            ConfigError: the folder cannot be written to.
+            RunFailed: the weights could not be written; nothing of them is left.
         """
+        self._open()
         target = self.folder / f"v{version}"
         if _tag_of(target / WEIGHTS) != tag:
             self._write(target, tag)
@@ -72,6 +78,8 @@ class Files:
 
     def close(self) -> None:
         """Remove all versions, and the folder where nothing else is in it."""
+        if not self._opened:
+            return
         with suppress(OSError):
             self._remove(self._versions())
             self.folder.rmdir()
