@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ from scope_opd.cli.main import main
 from scope_opd.cli.templates import compare_prompts
 from scope_opd.config import Config, load_config, validate_config
 from scope_opd.data.rows import Row
+from scope_opd.errors import ScopeError
 from tiny import save_pair, tiny_model, tiny_tokenizer
 
 KEY = "sk-a-secret-key-1234567890"
@@ -44,6 +46,9 @@ class Sampler(FaultServer):
     draws = 0
 
     async def _answer(self, method: str, path: str, headers: Any, body: bytes, writer: Any) -> bool:
+        if self.development and path == f"{self.prefix}/weight_info":
+            self.paths[path] += 1
+            return await self._send(writer, 200, {"weight_version": "default"})
         if method == "POST" and json.loads(body).get("prompt_logprobs", -1) > self.max_logprobs:
             self.paths[path] += 1
             return await self._error(writer, 400, f"Requested logprobs exceed max_logprobs {self.max_logprobs}")
@@ -60,6 +65,8 @@ class Sampler(FaultServer):
             with torch.no_grad():
                 logits = self.table.model(input_ids=torch.tensor([ids])).logits[0, -1].double()
             shaped = logits / asked["temperature"]
+            if allowed := asked.get("allowed_token_ids"):
+                shaped[[token for token in range(len(shaped)) if token not in allowed]] = -torch.inf
             if asked["top_k"]:
                 shaped[shaped < shaped.topk(int(asked["top_k"])).values[-1]] = -torch.inf
             token = draw.choices(range(len(shaped)), shaped.softmax(-1).tolist())[0]
@@ -363,3 +370,28 @@ def test_large_models_are_not_loaded_for_it(
     findings = found(configured(pair, tmp_path, teacher=(both[0].url,), sampler=both[1].url))
     assert not {"teacher: numbers", "sampler: numbers"} & findings.keys()
     assert findings["teacher: log-probs"].level == findings["sampler: log-probs"].level == "ok"
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (does(s_raw=True), "processed_logprobs"), (does(s_development=False), "VLLM_SERVER_DEV_MODE"),
+    (does(s_key=KEY), "rollout.api_key_env"), (does("rollout.model=other"), "serves 'teacher'"),
+    (does("rollout.max_tokens=200", s_context=100), "together at most 100, the context of the sampling servers"),
+    (does("objective.end_token=map", "teacher.path=zoo:teacher"), "teacher.tokenizer"),
+])  # fmt: skip
+def test_training_finds_the_same_before_its_first_step(
+    change: Change, words: str, pair: Path, both: tuple[FaultServer, Sampler], tmp_path: Path
+) -> None:
+    options = change(*both)
+    config = configured(pair, tmp_path, *options, teacher=(both[0].url,), sampler=both[1].url)
+    with pytest.raises(ScopeError, match=re.escape(words)) as error:
+        build_engines(config)
+    assert error.value.exit_code == 2
+
+
+def test_training_asks_a_sound_sampler_twice_and_a_teacher_once(
+    pair: Path, both: tuple[FaultServer, Sampler], tmp_path: Path
+) -> None:
+    """Besides GET /models: a fingerprint, which log-probs are reported, and what the weights are called."""
+    build_engines(configured(pair, tmp_path, teacher=(both[0].url,), sampler=both[1].url)).close()
+    assert both[0].paths == {"/v1/models": 1, "/v1/completions": 1}
+    assert both[1].paths == {"/v1/models": 1, "/v1/completions": 1, "/weight_info": 1}

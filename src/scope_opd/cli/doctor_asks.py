@@ -15,7 +15,8 @@ from scope_opd.cli.checks import Finding, Level
 from scope_opd.cli.ends import read_json
 from scope_opd.errors import ModelError, ScopeError
 from scope_opd.models.places import resolve_path
-from scope_opd.serving.faults import BadAnswer, Fault, RowRefused
+from scope_opd.serving.control import Control
+from scope_opd.serving.faults import BadAnswer, Fault, Refused, RowRefused
 from scope_opd.serving.pool import Endpoint, Pool
 from scope_opd.serving.route import patiently, reports_sampled_logprobs
 from scope_opd.serving.secrets import redact
@@ -48,7 +49,7 @@ class Place:
         endpoint, pool: address, name, key; and its own pool, of which only the exchange of messages is used.
         key: where its key is configured, for errors.
         allow_unprotected: whether the config accepts development routes that anybody reaches.
-        tokens: of the longest prompt and response, and the one that a server draws more.
+        tokens: of the longest prompt and response, and the one that a server draws more where it scores them.
         temperature: at which it samples for the run, None where it only scores.
         folder: of the weights that it should serve, None where that is not known.
         scored: its log-probs of the fixed text, once they are known.
@@ -152,7 +153,8 @@ async def _reach(place: Place) -> list[Finding]:
 
 
 def _context(place: Place, context: int | None) -> Finding:
-    needed = f"{place.tokens} (longest prompt, response and 1)"
+    parts = "longest prompt, response and 1" if place.role == "teacher" else "longest prompt and response"
+    needed = f"{place.tokens} ({parts})"
     if context is None:
         return finding_of(place, "context", "warn", f"not told; the run needs {needed}", "see its --max-model-len")
     if context < place.tokens:
@@ -163,25 +165,25 @@ def _context(place: Place, context: int | None) -> Finding:
 
 async def _development_routes(place: Place) -> Finding | None:
     """Weight sync needs them; where others than this machine reach them they are a risk."""
-    url = place.endpoint.url
-    status, _, body, _ = await place.pool.client.ask("GET", f"{url.root}/is_sleeping", key=None, max_bytes=1 << 16)
-    there = status == 200 and b"is_sleeping" in body
-    if place.role == "sampler" and not there:
-        return finding_of(
-            place, "routes", "FAIL", f"GET /is_sleeping answers {status}: without development routes it gets no "
-            "new weights",
-            f"start it with {_starts(place)}, or with VLLM_SERVER_DEV_MODE=1",
-        )  # fmt: skip
-    if there and not url.loopback:
+    url, client = place.endpoint.url, place.pool.client
+    if place.role == "sampler":
+        try:
+            await Control(client, place.endpoint).weight_version()
+        except Refused as error:
+            remedy = f"start it with {_starts(place)}, or with VLLM_SERVER_DEV_MODE=1"
+            return finding_of(place, "routes", "FAIL", f"{error.found}: no new weights can reach it", remedy)
+    status, _, body, _ = await client.ask("GET", f"{url.root}/is_sleeping", key=None, max_bytes=1 << 16)
+    open_to_all = status == 200 and b"is_sleeping" in body
+    if open_to_all and not url.loopback:
         found = "development routes answer anybody: whoever reaches it can stop it or load other weights"
         remedy = (
             "let only this machine reach it (a tunnel, a firewall), start a teacher without VLLM_SERVER_DEV_MODE, or "
             f"set {place.endpoint.names.unprotected} where the network is trusted"
         )
         return finding_of(place, "routes", "warn" if place.allow_unprotected else "FAIL", found, remedy)
-    if not there:
-        return None
-    return finding_of(place, "routes", "ok", "development routes, which only this machine reaches")
+    if open_to_all:
+        return finding_of(place, "routes", "ok", "development routes, which only this machine reaches")
+    return finding_of(place, "routes", "ok", "development routes, behind its key") if place.role == "sampler" else None
 
 
 async def _prompt_logprobs(place: Place, fixed: ScoreRequest) -> Finding:
@@ -260,6 +262,8 @@ def _remedy(place: Place, message: str) -> str:
     said = message.lower()
     if "logprobs" in said:
         return f"start it with a larger --max-logprobs ({_starts(place)} does)"
+    if "context" in said:
+        return "start it with a larger --max-model-len"
     if "vocabulary" in said:
         return "serve a model with the student's vocabulary: token ids must mean the same to both"
     return f"check that {place.endpoint.names.url} is a vLLM server of that model"

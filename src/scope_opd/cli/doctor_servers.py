@@ -220,7 +220,7 @@ def visit_servers(config: Config, seen: Seen) -> Iterator[Finding]:
         config,
         fixed,
         teacher_tokens=seen.tokens + 1,
-        sampler_tokens=max(seen.tokens, seen.eval_tokens) + 1,
+        sampler_tokens=max(seen.tokens, seen.eval_tokens),
         with_teacher=with_teacher,
         teacher_samples=samples,
         teacher_folder=folder,
@@ -269,10 +269,10 @@ def _numbers(config: Config, visit: Visit, seen: Seen, fixed: Sequence[int]) -> 
         gap, setting = _gap(place.scored, own), "teacher.path" if place.role == "teacher" else "model.path"
         at = "" if temperature == 1.0 else f" at temperature {temperature:g}"
         if gap <= _tolerance(config, place):
-            found = f"those of {place.folder} here{at}, to {gap:.2g} nats a token"
+            found = f"{place.url} gives those of {place.folder}{at}, to {gap:.2g} nats a token"
             yield finding_of(place, "numbers", "ok", found)
             continue
-        found = f"log-probs of a fixed text are not those of {place.folder} here{at}: {gap:.2g} nats a token apart"
+        found = f"log-probs of a fixed text are not those of {place.folder}{at}: {gap:.2g} nats a token apart"
         if place.role == "sampler":
             remedy = "no harm if an earlier run left its weights there: the first sync replaces them; else serve it"
             yield finding_of(place, "numbers", "warn", found, remedy)

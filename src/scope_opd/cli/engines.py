@@ -117,6 +117,7 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
     if sampled is not None:
         undo.callback(sampled.close)
         warnings += sampled.open()
+        samplers.check_answers(config, sampled)
         limits[samplers.LIMIT_NAME] = sampled.context
     served = None
     if with_teacher and config.teacher.served:

@@ -15,7 +15,7 @@ import torch
 from scope_opd.addresses import parse_base_url
 from scope_opd.cli.servers import fixed_tokens
 from scope_opd.config import Config
-from scope_opd.errors import ConfigError
+from scope_opd.errors import ConfigError, RunFailed
 from scope_opd.models.head import HeadView, response_logprobs
 from scope_opd.objective.methods import Method
 from scope_opd.rollout.samplers import NAMES, Samplers
@@ -24,6 +24,8 @@ from scope_opd.rollout.weight_sync.carrier import Carrier
 from scope_opd.rollout.weight_sync.files import Files
 from scope_opd.rollout.weight_sync.native import Native
 from scope_opd.rollout.weight_sync.publisher import Publisher
+from scope_opd.serving.control import Control
+from scope_opd.serving.faults import Fault
 from scope_opd.serving.pool import PoolSettings
 from scope_opd.serving.route import ClientSettings, RouteSettings
 from scope_opd.serving.secrets import load_secret
@@ -73,6 +75,29 @@ def open_samplers(config: Config, tokenizer: PreTrainedTokenizerBase) -> Sampler
         pool=PoolSettings(deadline_s=rollout.deadline_s, max_concurrency=rollout.max_concurrency),
         prompt=fixed_tokens(tokenizer)[:4],
     )
+
+
+def check_answers(config: Config, samplers: Samplers) -> None:
+    """Before the run: whether the servers that are up report what they sample from, and take new weights at all.
+
+    What is found out is kept by ``samplers``, which does not ask again.
+
+    Raises:
+        ConfigError: one does not.
+    """
+
+    async def ask() -> None:
+        if config.rollout.temperature != 1.0:
+            await samplers.learn_honesty(demand=True)
+        for endpoint in samplers.endpoints:
+            if endpoint.state == "up":
+                with contextlib.suppress(Fault):  # it goes down, or is asked again by the first sync
+                    await Control(samplers.http, endpoint).weight_version()
+
+    try:
+        samplers.thread.run(ask())
+    except RunFailed as error:
+        raise ConfigError(error.found, error.expected, error.remedy) from None
 
 
 def served_sampler(samplers: Samplers, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> ServedSampler:
