@@ -486,5 +486,8 @@ def test_the_cause_is_the_first_error_of_the_log_and_the_last() -> None:
         == "(EngineCore pid=1) ValueError: 12 heads ... RuntimeError: Engine core initialization failed."
     )
     assert root_cause(["one", "two", "three", "four"]) == "two ... three ... four"
+    assert root_cause(
+        ["pydantic_core.ValidationError: 1 validation error for X", "  Value error, too few", "more"]
+    ) == ("pydantic_core.ValidationError: 1 validation error for X Value error, too few")
     assert root_cause([]) == ""
     assert len(root_cause(["ValueError: " + "x" * 1000])) <= 400
