@@ -246,6 +246,10 @@ class Samplers:
             live.mark(version)
         known.version, known.tag = version, None if self.target is None else self.target.tag
 
+    def forget(self, endpoint: Endpoint) -> None:
+        """What it holds, and whether it is paused, is not known: ``confirm`` will bring it to the target."""
+        self._known[endpoint].version = None
+
     def version(self, endpoint: Endpoint) -> int | None:
         """Optimiser steps behind the weights that it holds, as far as the sync has said."""
         return self._known[endpoint].version

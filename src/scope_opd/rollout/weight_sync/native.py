@@ -160,12 +160,15 @@ class Native:
 
     def _listener(self) -> socket.socket:
         """A port of this machine, on the one interface that servers are told of."""
+        listener: socket.socket | None = None
         try:
             address = socket.getaddrinfo(self.host, 0, type=socket.SOCK_STREAM)[0]
             listener = socket.socket(address[0], socket.SOCK_STREAM)
             listener.bind(address[4])
             listener.listen(128)
         except OSError as error:
+            if listener is not None:
+                listener.close()
             raise ConfigError(
                 f"rollout.sync_host = {self.host!r}: {error.strerror or error}",
                 "an address of the trainer's machine that the servers reach", "set rollout.sync_host",

@@ -159,6 +159,13 @@ class Publisher:
         Args:
             version: responses under way go on and are of it from here on; None: they end, nobody counts on them.
         """
+        try:
+            await self._bring_in_order(endpoint, tag, load, version)
+        except BaseException:
+            self.samplers.forget(endpoint)  # its tag may be right already, and it still paused
+            raise
+
+    async def _bring_in_order(self, endpoint: Endpoint, tag: str, load: Load, version: int | None) -> None:
         control = self._control(endpoint)
         asleep = self.colocated and await control.weight_version() == ASLEEP
         if asleep:
@@ -180,7 +187,7 @@ class Publisher:
     async def _abandon(self, endpoint: Endpoint) -> None:
         """End what is under way at a server that may hold anything: it is asked for elsewhere."""
         with contextlib.suppress(Fault, ScopeError):  # it is down already; nothing worse can be said of it
-            await Control(self.samplers.http, endpoint, load_s=10.0).pause("abort")
+            await Control(self.samplers.http, endpoint, load_s=min(5.0, self._load_s)).pause("abort")
 
     async def _gap(self, endpoint: Endpoint, expected: list[float]) -> float:
         """Mean absolute difference of a server's log-probs of the probe; infinite where it has no finite ones."""
