@@ -101,7 +101,7 @@ async def examine(place: Place, fixed: ScoreRequest) -> list[Finding]:
 
 
 def finding_of(place: Place, check: str, level: Level, found: str, remedy: str = "") -> Finding:
-    shown = found if place.url in found or level == "ok" else f"{place.url}: {found}"
+    shown = found if place.endpoint.url.root in found or level == "ok" else f"{place.url}: {found}"
     return Finding(f"{place.label}: {check}", level, shown, remedy)
 
 
