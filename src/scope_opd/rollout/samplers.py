@@ -220,7 +220,7 @@ class Samplers:
                 f"{endpoint.url} does not serve the trainer's weights: after the sync to version {target.version} the "
                 f"log-probs of a fixed text differ by {gap:.3g} a token in the mean",
                 f"at most {target.tolerance:g} (rollout.sync_tolerance)",
-                "see docs/serving.md (weights for servers that sample), then continue with --resume",
+                "see docs/serving.md (weights of the sampler), then continue with --resume",
             )
 
     def lock(self, endpoint: Endpoint) -> asyncio.Lock:
