@@ -12,7 +12,7 @@ ratio of the paper's step: generation 248 s, scoring of *all* rollouts 200 s, up
 - The teacher is one queue for all requests that works through tokens in order at a finite rate, without a pause while
   there are any: a request ends when all tokens before its last and its own are done.
 - The update is the learner's own forward and backward on a tiny model; each micro-batch takes as long as its tokens in
-  the loss cost (154 for an average step's), of which computing is a small part. All methods train on all rollouts.
+  the loss cost (154 for an average step's), of which computing is a part. All methods train on all rollouts.
 
 Arms: ``grpo`` (no teacher); ``scope`` (streamed: wrong rollouts are sent the moment they end; complete groups are
 trained on while the teacher finishes); ``release`` (the order of the authors' release: generation, then scoring of all
@@ -169,20 +169,28 @@ class QueueTeacher:
 class PacedLearner(Learner):
     """The learner; each micro-batch's forward and backward take as long as its tokens in the loss cost.
 
+    Where a busy machine computes longer than that, the micro-batches after it make up for it.
+
     Attributes:
         tokens_per_s: what an update works through (a class attribute, since ``train`` makes the learner).
-        late_s: seconds by which real computation exceeded the pace, in all.
+        late_s: seconds that were not made up for within their step, in all.
     """
 
     tokens_per_s = 1.0
     late_s = 0.0
+    _behind_s = 0.0
 
     def _backward(self, micro: Any, *rest: Any, **more: Any) -> Any:
         due = time.monotonic() + micro.rollout.numel() / PacedLearner.tokens_per_s
         result = super()._backward(micro, *rest, **more)
-        spare = due - time.monotonic()
-        PacedLearner.late_s += max(0.0, -spare)
+        spare = due - time.monotonic() - self._behind_s
+        self._behind_s = max(0.0, -spare)
         time.sleep(max(0.0, spare))
+        return result
+
+    def update(self, *args: Any, **settings: Any) -> Any:
+        result = super().update(*args, **settings)
+        PacedLearner.late_s, self._behind_s = PacedLearner.late_s + self._behind_s, 0.0
         return result
 
 
