@@ -35,6 +35,8 @@ ANSWER_S = 120.0
 """How long a whole answer may take, where the config is more patient."""
 SAME_PROMPTS, SAME_TOKENS = 4, 32
 """Prompts and response tokens on which a teacher that is the student is compared with it."""
+PRECISION = 4.0
+"""Tolerances by which a server may be off before it is another model for certain: it may compute in less precision."""
 SAME_NATS = 1e-3
 """Mean log-ratio below which two models are one, for weights and precision alike."""
 
@@ -275,6 +277,9 @@ def _numbers(config: Config, visit: Visit, seen: Seen, fixed: Sequence[int]) -> 
         found = f"log-probs of a fixed text are not those of {place.folder}{at}: {gap:.2g} nats a token apart"
         if place.role == "sampler":
             remedy = "no harm if an earlier run left its weights there: the first sync replaces them; else serve it"
+            yield finding_of(place, "numbers", "warn", found, remedy)
+        elif gap <= PRECISION * _tolerance(config, place):
+            remedy = "low precision can do that (bfloat16 against float32 here); else serve other weights"
             yield finding_of(place, "numbers", "warn", found, remedy)
         else:
             remedy = f"serve {setting}, at teacher.served_temperature (scope serve teacher CONFIG), or correct them"
