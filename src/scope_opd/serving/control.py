@@ -104,9 +104,6 @@ class Control:
         """Take memory again: uninitialised. When both parts are awake, sampling goes on by itself."""
         await self._post("/wake_up", self.load_s, query={"tags": part})
 
-    async def is_sleeping(self) -> bool:
-        return bool((await self._ask("GET", "/is_sleeping", QUICK_S)).get("is_sleeping"))
-
     # --- weight transfer ---------------------------------------------------------------------------------------------
 
     async def world_size(self) -> int:
