@@ -199,10 +199,10 @@ def test_scope_eval_draws_from_the_server(
     assert found["settings"]["source"]["model"] == MODEL
     assert sum(len(problem["lengths"]) for problem in found["benchmarks"]["mine"]["problems"]) == 24
     assert found["benchmarks"]["mine"]["metrics"]["nll"] > 0
-    texts = [
-        {(row["problem"], row["sample"]): row["text"] for row in map(json.loads, (path / "samples.jsonl").open())}
-        for path in (tmp_path / "out", tmp_path / "again")
-    ]
+    texts = []
+    for name in ("out", "again"):
+        rows = map(json.loads, (tmp_path / name / "samples.jsonl").read_text().splitlines())
+        texts.append({(row["problem"], row["sample"]): row["text"] for row in rows})
     assert texts[0] == texts[1]
 
 
