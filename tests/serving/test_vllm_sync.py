@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from vllm_server import KEY, MODEL, PYTHON, VllmServer
 
@@ -20,9 +21,9 @@ from scope_opd.addresses import parse_base_url
 from scope_opd.errors import RunFailed
 from scope_opd.rollout.samplers import NAMES, Samplers
 from scope_opd.rollout.served import ServedSampler
-from scope_opd.rollout.weight_sync.carrier import Carrier, Load
+from scope_opd.rollout.weight_sync.carrier import Carrier, Load, checkpoint_tensors
 from scope_opd.rollout.weight_sync.files import Files
-from scope_opd.rollout.weight_sync.native import Native
+from scope_opd.rollout.weight_sync.native import Native, Sending
 from scope_opd.rollout.weight_sync.publisher import Publisher
 from scope_opd.serving.control import Control
 from scope_opd.serving.pool import PoolSettings
@@ -197,6 +198,39 @@ def test_a_load_that_went_wrong_in_silence_ends_the_run(
         trainer.publisher.publish(1)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_load_that_broke_off_leaves_no_trace(
+    kind: str, folders: Path, served: dict[str, VllmServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Trainer(load(folders, kind), served[kind], by_gloo) as trainer:
+        trainer.publisher.publish(0)
+        endpoint = trainer.samplers.endpoints[0]
+        control = Control(trainer.samplers.http, endpoint)
+        tensors = {name: tensor.clone() for name, tensor in checkpoint_tensors(trainer.model).items()}
+        tensors[next(name for name in tensors if "down_proj" in name)] = torch.zeros(3, 3)
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"scope_tag": "bad"})
+        said = trainer.samplers.thread.run(control.reload(str(tmp_path), "bad"))
+        assert said["untouched"] is False
+        trainer.step()
+        trainer.publisher.publish(1)
+
+        whole, sent = Sending._broadcast, []
+
+        def breaks_off(self: Sending, link: Any) -> None:
+            if not sent:
+                sent.append(0)
+                self = Sending(self.native, dict(list(self.tensors.items())[:5]))
+                whole(self, link)
+                raise RuntimeError("the trainer's connection broke")
+            whole(self, link)
+
+        monkeypatch.setattr(Sending, "_broadcast", breaks_off)
+        trainer.step()
+        trainer.publisher.publish(2)
+        assert sent
+        assert max(trainer.gap(rollout) for rollout in trainer.draw()) <= 1e-4
+
+
 @pytest.mark.parametrize("sync", ["files", "gloo"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_change_in_flight_change_what_follows_and_nothing_else(
@@ -243,8 +277,10 @@ def test_weights_that_change_in_flight_change_what_follows_and_nothing_else(
     assert nearest_other > 0.01
 
 
-def test_a_server_that_restarts_gets_the_weights_before_it_is_used(folders: Path, tmp_path: Path) -> None:
-    server = VllmServer(folders / "tied", student=True).wait()
+def test_a_server_that_restarts_gets_the_weights_before_it_is_used(
+    folders: Path, served: dict[str, VllmServer]
+) -> None:
+    server = served["tied"]
     try:
         with Trainer(load(folders, "tied"), server, by_gloo, patience_s=300.0) as trainer:
             trainer.step()
