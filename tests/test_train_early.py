@@ -6,9 +6,13 @@ import asyncio
 import copy
 import json
 import math
+import os
 import random
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -479,3 +483,40 @@ def test_servers_make_the_pipeline_a_background_one_and_updates_count_for_stalen
     assert type(built(plain)).__name__ == "Pipeline"
     found = built(configured(3, 1))
     assert (type(found), found.ahead, found.steps) == (BackgroundPipeline, 3, plain.train.steps)
+
+
+STUBBORN = """
+import sys, threading
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_train_early import streaming
+from train_kit import make_config
+from scope_opd.train import train
+
+engines, teacher, _ = streaming(make_config(Path({folder!r})))
+
+async def blocked(rollouts):
+    print("blocked", flush=True)
+    threading.Event().wait()  # blocks the background's loop: nothing can cancel it
+
+teacher.score = blocked
+train(make_config(Path({folder!r})), engines, progress=False)
+"""
+
+
+def test_a_second_signal_ends_the_process_though_the_background_hangs(tmp_path: Path) -> None:
+
+    program = STUBBORN.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "run"))
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "blocked\n"
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 128 + signal.SIGTERM
+        assert time.monotonic() - began < 3
