@@ -47,9 +47,10 @@ class Link:
     store: Any
 
     def cut(self) -> None:
-        """A broadcast that still waits for a worker fails now."""
+        """Whoever waits at either end of a broadcast fails now: gloo closes its connections with their last owner."""
+        group, self.group, self.store = self.group, None, None
         with suppress(Exception):  # it is broken; nothing more is asked of it
-            self.group.abort()
+            group.abort()
 
 
 class Native:
