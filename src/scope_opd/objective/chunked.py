@@ -107,7 +107,7 @@ def chunked_logprobs(
     vocabulary = TILE_VOCABULARY if tile_vocabulary is None else tile_vocabulary
     if tokens < 1 or vocabulary < 1:
         raise ValueError(f"tiles of {tokens} tokens x {vocabulary} ids; expected at least 1 x 1")
-    wanted = targets.unsqueeze(-1) if ids is None else torch.cat((targets.unsqueeze(-1), ids), dim=-1)
+    wanted = torch.cat((targets.unsqueeze(-1), targets.new_empty(len(targets), 0) if ids is None else ids), dim=-1)
     if wanted.device.type == "cpu" and wanted.numel():
         outside = ((wanted < 0) | (wanted >= weight.shape[0])).any(dim=-1).nonzero()
         if outside.numel():
@@ -125,10 +125,10 @@ def chunked_logprobs(
         compute=compute,
         wide=torch.float64 if compute == torch.float64 else torch.float32,
     )
-    found, surprise, extra = _Chunked.apply(hidden, weight, bias, wanted, plan)
+    logprobs, id_logprobs, surprise, extra = _Chunked.apply(hidden, weight, bias, wanted, plan)
     return ChunkedScores(
-        logprobs=found[:, 0],
-        id_logprobs=None if ids is None else found[:, 1:],
+        logprobs=logprobs,
+        id_logprobs=None if ids is None else id_logprobs,
         entropy=surprise if entropy else None,
         extra_logprobs=extra if extra_temperature is not None else None,
     )
@@ -193,12 +193,13 @@ class _Tiles:
 
 
 class _Chunked(torch.autograd.Function):
-    """(hidden, weight, bias, ids [T, K], plan) -> log-probs [T, K], entropy [T], log-probs of the first id at T2 [T]."""
+    """(hidden, weight, bias, ids [T, 1 + K], plan) -> log p of the first id [T], of the others [T, K], entropy [T], log p
+    of the first id at the second temperature [T]."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, plan: _Plan
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         formed = hidden.requires_grad and not weight.requires_grad and not (bias is not None and bias.requires_grad)
         with torch.autocast(hidden.device.type, enabled=False):
             tiles = _Tiles(hidden, weight, bias, plan, 2)
@@ -211,13 +212,14 @@ class _Chunked(torch.autograd.Function):
         ctx.plan, ctx.formed = plan, formed
         ctx.save_for_backward(hidden, weight, bias, ids, log_z, state.mean_row, found)
         ctx.mark_non_differentiable(entropy, extra)
-        return found, entropy, extra
+        # Copies, for a view of an output may not be handed out by a module that FSDP gathers.
+        return found[:, 0].clone(), found[:, 1:].clone(), entropy, extra
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, first: Tensor, others: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ids, log_z, mean_row, found = ctx.saved_tensors
         plan: _Plan = ctx.plan
-        upstream = upstream.to(plan.wide)
+        upstream = torch.cat((first.unsqueeze(-1), others), dim=-1).to(plan.wide)
         with torch.autocast(hidden.device.type, enabled=False):
             if ctx.formed:
                 return _from_mean_row(hidden, weight, ids, upstream, found + log_z[:, None], mean_row, plan), *[None] * 4
