@@ -43,12 +43,14 @@ class TokenScores:
         extra_logprobs: F[T], log-prob at ``extra_temperature``; no gradient. None when not asked for.
         id_logprobs: F[T, K], log-prob of the ids asked for at ``temperature``; carries the gradient. None when not
             asked for.
+        rest_logprobs: F[T], log of the mass of all ids but those K; carries the gradient. None when not asked for.
     """
 
     logprobs: Tensor
     entropy: Tensor | None
     extra_logprobs: Tensor | None
     id_logprobs: Tensor | None = None
+    rest_logprobs: Tensor | None = None
 
 
 class HeadView:
@@ -144,7 +146,7 @@ class HeadView:
             found = chunked_logprobs(
                 states, head.weight, targets, temperature, bias=head.bias, tail=self._tail, **options
             )
-            return found.logprobs, found.id_logprobs, found.entropy, found.extra_logprobs
+            return found.logprobs, found.entropy, found.extra_logprobs, found.id_logprobs, found.rest_logprobs
 
         if not isinstance(head, FSDPModule):
             found = forward(hidden)
@@ -156,9 +158,9 @@ class HeadView:
                 found = head(hidden)
             finally:
                 del head.__dict__["forward"]
-        logprobs, id_logprobs, entropy, extra = found
+        logprobs, *others = found
         assert logprobs is not None
-        return TokenScores(logprobs, entropy, extra, id_logprobs)
+        return TokenScores(logprobs, *others)
 
     @torch.no_grad()
     def _find_tail(self) -> Tail | None:
@@ -199,6 +201,7 @@ def response_logprobs(
     *,
     extra_temperature: float | None = None,
     ids: Tensor | None = None,
+    rest: bool = False,
     chunk_tokens: int | None = None,
     entropy: bool = True,
 ) -> TokenScores:
@@ -212,6 +215,7 @@ def response_logprobs(
         temperature: > 0.
         extra_temperature: a second temperature for the same hidden states, without gradient.
         ids: I[T, K], further ids at each position whose log-probs are wanted.
+        rest: whether the log-mass of all but those ids, which must then be distinct, is wanted too.
         chunk_tokens: tokens projected at once; None leaves the choice to ``objective.chunked`` where the head is
             plain, and else lets a chunk hold ``CHUNK_LOGITS`` logits. The result does not depend on it beyond rounding.
         entropy: False leaves the entropy out.
@@ -228,6 +232,7 @@ def response_logprobs(
         temperature,
         extra_temperature=extra_temperature,
         ids=ids,
+        rest=rest,
         chunk_tokens=chunk_tokens,
         entropy=entropy,
     )
@@ -241,6 +246,7 @@ def score_hidden(
     *,
     extra_temperature: float | None = None,
     ids: Tensor | None = None,
+    rest: bool = False,
     chunk_tokens: int | None = None,
     entropy: bool = True,
 ) -> TokenScores:
@@ -250,7 +256,7 @@ def score_hidden(
         view: supplies the projection.
         hidden: [T, H], from ``HeadView.response_hidden``.
         targets: I[T], the tokens whose log-probs are wanted.
-        temperature, extra_temperature, ids, chunk_tokens, entropy: as for ``response_logprobs``.
+        temperature, extra_temperature, ids, rest, chunk_tokens, entropy: as for ``response_logprobs``.
     """
     kept = max(1, KEPT_LOGITS // view.vocabulary) if chunk_tokens is None else chunk_tokens
     if hidden.shape[0] > kept >= 1 and view.plain:
@@ -259,6 +265,7 @@ def score_hidden(
             targets,
             temperature,
             ids=ids,
+            rest=rest,
             extra_temperature=extra_temperature,
             entropy=entropy,
             tile_tokens=chunk_tokens,
@@ -268,7 +275,9 @@ def score_hidden(
         scaled = tempered(logits, temperature)
         log_z = scaled.logsumexp(-1)
         outputs = [token_logprobs(scaled, wanted, log_z=log_z)]
-        outputs += [scaled.gather(-1, more) - log_z[:, None] for more in further]
+        for more in further:
+            outputs.append(scaled.gather(-1, more) - log_z[:, None])
+            outputs.append(scaled.scatter(-1, more, -torch.inf).logsumexp(-1) - log_z if rest else log_z)
         # After the part with gradient, so that recomputation in the backward pass stops before it.
         with torch.no_grad():
             if entropy:
@@ -278,13 +287,18 @@ def score_hidden(
         return tuple(outputs)
 
     per_token = (targets,) if ids is None else (targets, ids)
-    results = map_logits(view, hidden, score, *per_token, chunk_tokens=chunk_tokens)
+    found = list(map_logits(view, hidden, score, *per_token, chunk_tokens=chunk_tokens))
     return TokenScores(
-        logprobs=results[0],
-        entropy=results[len(per_token)] if entropy else None,
-        extra_logprobs=results[-1] if extra_temperature is not None else None,
-        id_logprobs=None if ids is None else results[1],
+        logprobs=found.pop(0),
+        id_logprobs=None if ids is None else found.pop(0),
+        rest_logprobs=None if ids is None else _only(rest, found.pop(0)),
+        entropy=found.pop(0) if entropy else None,
+        extra_logprobs=found.pop(0) if extra_temperature is not None else None,
     )
+
+
+def _only(wanted: bool, value: Tensor) -> Tensor | None:
+    return value if wanted else None
 
 
 def map_logits(
