@@ -82,15 +82,16 @@ class HeadView:
         weight = getattr(self.head, "weight", None)
         return int(self.model.config.get_text_config().vocab_size if weight is None else weight.shape[0])
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, **further: Any) -> Tensor:
         """What the head projects, [B, L, H]. Where the view is not exact these are the logits themselves.
 
         Args:
             input_ids: I[B, L].
             attention_mask: I[B, L], 1 on tokens. None states that padding, if any, is on the right: with causal
                 attention no token then sees padding, and no mask is needed.
+            further: handed to the model as it is (what ``models.packing`` says about a pack).
         """
-        inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False, **further}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
             inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0)
