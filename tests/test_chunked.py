@@ -7,9 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from scope_opd.models import head as head_module
 from scope_opd.models.head import HeadView, response_logprobs
@@ -306,6 +310,27 @@ def test_a_frozen_head_leaves_the_backbones_gradient_as_it_was() -> None:
     model.lm_head.requires_grad_(False)
     for left, right in zip(before, gradients(), strict=True):
         assert (left - right).norm() <= 1e-11 * right.norm()
+
+
+def test_a_head_whose_weights_fsdp_shards_is_whole_where_it_is_needed() -> None:
+    """One rank: the sharded head's scores and gradients are those of the plain one, gathered through its own hooks."""
+    ids, _, positions = ragged()
+    plain, sharded = tiny_model("llama", dtype=torch.float64), tiny_model("llama", dtype=torch.float64)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(sharded.lm_head, mesh=init_device_mesh("cpu", (1,)))
+        gradients = []
+        for model in (plain, sharded):
+            view = HeadView(model)
+            assert view.plain
+            response_logprobs(view, ids, None, positions, 0.6, chunk_tokens=8).logprobs.square().sum().backward()
+            grads = [parameter.grad for parameter in model.parameters()]
+            gradients.append([grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads])
+        assert isinstance(sharded.lm_head.weight.grad, DTensor)
+    finally:
+        dist.destroy_process_group()
+    for left, right in zip(*gradients, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-12)
 
 
 class Doubled(nn.Linear):

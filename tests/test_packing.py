@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from scope_opd.models.head import HeadView
+from scope_opd.models.batching import pad_right, response_positions
+from scope_opd.models.head import HeadView, response_logprobs, score_hidden
 from scope_opd.models.packed_attention import NAME, Layout, _alike, enable
-from scope_opd.models.packing import cost, crossover, deal, pack, packed_hidden, packs_exactly, waste
+from scope_opd.models.packing import cost, crossover, deal, pack, packed_hidden, packs_exactly, response_places, waste
 from tiny import tiny_model
 
 KINDS = ["qwen3", "llama", "qwen2", "qwen3 sliding", "qwen2 sliding"]
@@ -65,6 +66,18 @@ def test_packed_hidden_states_are_those_of_each_sequence_alone(kind: str) -> Non
     got, want = (torch.autograd.grad((value * weights).sum(), body) for value in (found, expected))
     norm = torch.nn.utils.get_total_norm(want)
     assert torch.nn.utils.get_total_norm([a - b for a, b in zip(got, want, strict=True)]) <= 1e-5 * norm
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_log_probs_of_packed_responses_are_those_of_padded_ones(kind: str) -> None:
+    view, sequences = HeadView(make(kind)), draw_sequences([17, 9, 4, 12, 17])
+    prompts, sizes = [3, 1, 3, 5, 3], [14, 8, 1, 7, 14]
+    ids, _ = pad_right(sequences)
+    expected = response_logprobs(view, ids, None, response_positions(prompts, sizes), 0.6)
+    assert packs_exactly(view)
+    packed, places = pack(sequences), response_places(prompts, sizes)
+    found = score_hidden(view, packed_hidden(view, packed)[places - 1], packed.input_ids[0, places], 0.6)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=25, deadline=None)

@@ -72,6 +72,23 @@ def pack(sequences: Sequence[Sequence[int]], device: torch.device | str | None =
     )
 
 
+def response_places(
+    prompt_lengths: Sequence[int], response_lengths: Sequence[int], device: torch.device | str | None = None
+) -> Tensor:
+    """Where the response tokens of packed prompt + response sequences stand.
+
+    Returns:
+        I64[T], sequence by sequence, T = sum(response_lengths): the hidden state one place before predicts each token,
+        which belongs to the same sequence since a prompt has a token at least.
+    """
+    places: list[int] = []
+    start = 0
+    for prompt, response in zip(prompt_lengths, response_lengths, strict=True):
+        places.extend(range(start + prompt, start + prompt + response))
+        start += prompt + response
+    return torch.tensor(places, dtype=torch.long).to(device)
+
+
 def packed_hidden(view: HeadView, packed: Pack) -> Tensor:
     """``HeadView.hidden`` of every token of a pack, [N, H]; for a model that ``packs_exactly``."""
     with without_masks():

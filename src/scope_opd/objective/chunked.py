@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from scope_opd.objective.tiles import Gradient, Online, Plan, Tail, Tiles, from_mean_row, recompute
 
@@ -103,7 +104,11 @@ def chunked_logprobs(
         if outside.numel():
             row = int(outside[0])
             raise ValueError(f"row {row} asks for ids {wanted[row].tolist()}; expected 0..{weight.shape[0] - 1}")
-    plan = _plan(hidden, weight, temperature, extra_temperature, entropy, rest, tail, tile_tokens, tile_vocabulary)
+    shared = weight.requires_grad or (bias is not None and bias.requires_grad)
+    formed = torch.is_grad_enabled() and hidden.requires_grad and not shared and not rest
+    plan = _plan(
+        hidden, weight, temperature, extra_temperature, entropy, rest, formed, tail, tile_tokens, tile_vocabulary
+    )
     logprobs, id_logprobs, others, surprise, extra = _Chunked.apply(hidden, weight, bias, wanted, plan)
     return ChunkedScores(
         logprobs=logprobs,
@@ -116,7 +121,7 @@ def chunked_logprobs(
 
 def _plan(
     hidden: Tensor, weight: Tensor, temperature: float, extra_temperature: float | None, entropy: bool,
-    rest: bool, tail: Tail | None, tile_tokens: int | None, tile_vocabulary: int | None,
+    rest: bool, formed: bool, tail: Tail | None, tile_tokens: int | None, tile_vocabulary: int | None,
 ) -> Plan:  # fmt: skip
     for name, value in (("temperature", temperature), ("extra_temperature", extra_temperature)):
         if value is not None and not value > 0:
@@ -128,7 +133,9 @@ def _plan(
     device = hidden.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     wide = torch.float64 if compute == torch.float64 else torch.float32
-    return Plan(tail or Tail(), temperature, extra_temperature, entropy, rest, tokens, vocabulary, compute, wide)
+    return Plan(
+        tail or Tail(), temperature, extra_temperature, entropy, rest, formed, tokens, vocabulary, compute, wide
+    )
 
 
 class _Chunked(torch.autograd.Function):
@@ -139,29 +146,28 @@ class _Chunked(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, plan: Plan
     ) -> tuple[Tensor, ...]:
-        formed = hidden.requires_grad and not weight.requires_grad and not (bias is not None and bias.requires_grad)
-        formed = formed and not plan.rest
         with torch.autocast(hidden.device.type, enabled=False):
             tiles = Tiles(hidden, weight, bias, plan, 2)
-            state = Online(tiles, ids, formed)
+            state = Online(tiles, ids, plan.formed)
             for block in tiles.blocks():
                 rows, added = tiles.block(block)
                 for chunk in tiles.chunks():
                     state.take(tiles.product(chunk, block, rows, added), chunk, block, rows)
             found, log_z, rest, entropy, extra = state.results()
-        ctx.plan, ctx.formed = plan, formed
+        ctx.plan = plan
         ctx.save_for_backward(hidden, weight, bias, ids, log_z, state.mean_row, found, rest)
         ctx.mark_non_differentiable(entropy, extra)
         # Copies, for a view of an output may not be handed out by a module that FSDP gathers.
         return found[:, 0].clone(), found[:, 1:].clone(), rest.clone(), entropy, extra
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, first: Tensor, others: Tensor, rest: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ids, log_z, mean_row, found, log_rest = ctx.saved_tensors
         plan: Plan = ctx.plan
         upstream = torch.cat((first.unsqueeze(-1), others), dim=-1).to(plan.wide)
         with torch.autocast(hidden.device.type, enabled=False):
-            if ctx.formed:
+            if plan.formed:
                 return from_mean_row(hidden, weight, ids, upstream, found + log_z[:, None], mean_row, plan), *[None] * 4
             to_rest = (rest.to(plan.wide), log_rest) if plan.rest else None
             gradient = Gradient(upstream, found, to_rest, log_z, ids, plan)
@@ -194,7 +200,7 @@ def chunked_topk(
     """
     if not 1 <= k <= weight.shape[0]:
         raise ValueError(f"k = {k}; expected 1..{weight.shape[0]}")
-    plan = _plan(hidden, weight, temperature, None, False, False, tail, tile_tokens, tile_vocabulary)
+    plan = _plan(hidden, weight, temperature, None, False, False, False, tail, tile_tokens, tile_vocabulary)
     with torch.autocast(hidden.device.type, enabled=False):
         tiles = Tiles(hidden, weight, bias, plan, 2)
         state = Online(tiles, torch.zeros((tiles.total, 0), dtype=torch.long, device=hidden.device), formed=False)

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Kind = Literal["reverse", "forward", "jsd"]
 
@@ -137,6 +138,7 @@ class _Buckets(torch.autograd.Function):
         return value.to(student.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         to_ids, to_rest = ctx.saved_tensors
         return to_ids * upstream[:, None], None, None if to_rest is None else to_rest * upstream, None, None
@@ -153,6 +155,7 @@ class _Exact(torch.autograd.Function):
         return value
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (slope,) = ctx.saved_tensors
         return slope * upstream[:, None], None, None

@@ -29,11 +29,14 @@ class Tail:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
+    """What is asked of a walk. ``formed``: sum_v p_v W_v in the forward pass, for the matrix needs no gradient."""
+
     tail: Tail
     temperature: float
     extra_temperature: float | None
     entropy: bool
     rest: bool
+    formed: bool
     tokens: int
     vocabulary: int
     compute: torch.dtype
