@@ -201,7 +201,7 @@ def test_no_log_prob_exceeds_zero_and_a_certain_token_has_exactly_zero() -> None
     found = chunked_logprobs(hidden, torch.eye(3) * 10.0, torch.arange(3))
     assert found.logprobs.tolist() == [0.0, 0.0, 0.0]
     assert found.entropy is not None
-    assert found.entropy.tolist() == [0.0, 0.0, 0.0]
+    assert (found.entropy.abs() < 1e-30).all()
 
 
 def test_no_tokens_give_no_scores_and_a_gradient_of_zero() -> None:

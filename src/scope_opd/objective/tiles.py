@@ -8,6 +8,7 @@ block is cast once and its gradient stays in the cache while the tokens pass by.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,15 @@ class Tiles:
             torch.mul(torch.mm(self.hidden[chunk], rows.t()), self.plan.factor, out=out)
         return out if bias is None else out.add_(bias)
 
+    def above_underflow(self, z: Tensor) -> Tensor:
+        """z raised, in place, to where exp(z) is a normal number: a CPU takes ten times as long for subnormal ones.
+
+        What is added is below 1e-37 of the largest term. Left alone under a bias, for an id that it rules out has 0.
+        """
+        if z.is_cpu and self.bias is None:
+            z.clamp_(min=math.log(torch.finfo(z.dtype).tiny) + 1.0)
+        return z
+
 
 class Online:
     """Running figures a token, while the tiles go by."""
@@ -126,7 +136,7 @@ class Online:
         peak = torch.maximum(before, z.amax(dim=-1))
         # A block whose ids are all ruled out leaves the peak at -inf, and inf - inf would be NaN.
         anchor = torch.where(peak == -torch.inf, 0.0, peak)
-        z.sub_(anchor[:, None])
+        self.tiles.above_underflow(z.sub_(anchor[:, None]))
         shift = before - anchor
         e = torch.exp(z, out=self.tiles.buffer(1, chunk, block))
         shrink = shift.exp()
@@ -182,18 +192,18 @@ class Gradient:
     ids: Tensor  # I[T, 1 + K]
     plan: Plan
 
-    def fill(self, z: Tensor, chunk: slice, block: slice) -> Tensor:
+    def fill(self, tiles: Tiles, z: Tensor, chunk: slice, block: slice) -> Tensor:
         """In place."""
         upstream, log_z = self.upstream[chunk], self.log_z[chunk, None]
         inside, local = _local(self.ids[chunk], block)
         together = upstream.sum(dim=-1, keepdim=True)
         if self.to_rest is None:
-            g = z.sub_(log_z).exp_().mul_(-together)
+            g = tiles.above_underflow(z.sub_(log_z)).exp_().mul_(-together)
             return g.scatter_add_(-1, local, torch.where(inside, upstream, 0.0))
         rest, log_rest = (part[chunk, None] for part in self.to_rest)
         together = together + rest
         # p_v / p(rest), at most 1 for the ids of the rest; what the others come to is taken out at once.
-        g = z.sub_(log_z + log_rest).clamp_(max=0.0).exp_()
+        g = tiles.above_underflow(z.sub_(log_z + log_rest).clamp_(max=0.0)).exp_()
         _take_out(g, inside[:, 1:], local[:, 1:])
         g.mul_(rest - log_rest.exp() * together)
         pull = upstream.clone()
@@ -223,7 +233,7 @@ def recompute(
             if plan.tail.cap is not None:
                 slope = torch.square(g.tanh_(), out=tiles.buffer(1, chunk, block)).neg_().add_(1.0)
                 g.mul_(plan.after_tanh)
-            gradient.fill(g, chunk, block)
+            gradient.fill(tiles, g, chunk, block)
             if slope is not None:
                 g.mul_(slope)
             if to_bias is not None:
