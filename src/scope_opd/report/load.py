@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scope_opd.errors import RunFolderError
-from scope_opd.report.spans import Stretches, claimed
+from scope_opd.report.spans import claimed
+from scope_opd.spans import Span
 
 Route = Literal["student", "teacher"]
 RUN_FILES = ("run.json", "metrics.jsonl", "eval.jsonl")
-Spans = dict[str, Stretches]
+Spans = dict[str, list[Span]]
 """When each stage was at work, in seconds from the step's begin."""
 
 LONGEST_S = 1e7
