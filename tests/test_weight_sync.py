@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import errno
+import gc
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
 from fault_server import Table, servers
 from sampling_server import Weights, drawn_by, made_prompts, sampler_over, samplers_of, sampling
@@ -29,6 +30,7 @@ from scope_opd.rollout.weight_sync.files import Files
 from scope_opd.rollout.weight_sync.native import Native
 from scope_opd.rollout.weight_sync.publisher import Publisher
 from scope_opd.serving.control import Control
+from scope_opd.serving.faults import Fault
 from scope_opd.serving.launch import INSIDE
 from scope_opd.types import WeightPublisher
 from sync_server import GONE, SyncServer
@@ -273,7 +275,92 @@ def test_a_server_that_fails_is_left_out_and_comes_back_with_the_weights(
         assert bad.weights.tag == good.weights.tag
 
 
-def test_a_worker_that_fails_in_mid_broadcast_hangs_nobody() -> None:
+def drawn_until_up(trainer: Trainer, place: int) -> None:
+    end = time.monotonic() + 10
+    while trainer.samplers.endpoints[place].state != "up" and time.monotonic() < end:
+        drawn_by(trainer.sampler, made_prompts(8), sampling(4))
+
+
+def restart(server: SyncServer) -> None:
+    """Another process, with the weights that it was started with."""
+    server.weights = Weights(tiny_model("qwen3", seed=3))
+    server.table = Table(server.weights.model)
+
+
+def test_a_server_that_took_the_weights_and_could_not_show_it_is_given_them_again(tmp_path: Path) -> None:
+    """It was paused when it was given up: were it only asked again, it would not answer."""
+    good, bad = started(), started()
+    with training(by_files(tmp_path), good, bad) as trainer:
+        trainer.publisher.publish(0)
+        trainer.step()
+        gap, asked = trainer.publisher._gap, []
+
+        async def fails_once(endpoint: Any, expected: list[float]) -> float:
+            if endpoint is trainer.samplers.endpoints[1] and not asked:
+                asked.append(endpoint)
+                raise Fault("timeout", "no whole answer in 2 s")
+            return await gap(endpoint, expected)
+
+        trainer.publisher._gap = fails_once  # type: ignore[method-assign]
+        trainer.publisher.publish(1)
+        assert trainer.samplers.endpoints[1].state == "down"
+        drawn_until_up(trainer, 1)
+        assert trainer.samplers.endpoints[1].state == "up"
+        assert not bad.paused
+        assert same(bad.weights.model, trainer.model)
+
+
+def test_a_server_that_comes_back_during_a_sync_is_not_left_with_the_version_before(tmp_path: Path) -> None:
+    good, late = started(), started()
+    with training(by_files(tmp_path), good, late) as trainer:
+        trainer.publisher.publish(0)
+        trainer.step()
+        restart(late)
+        loading, go_on, reload = threading.Event(), threading.Event(), late._do_collective_rpc
+
+        def slowly(query: dict[str, str], request: dict[str, Any]) -> dict[str, Any] | str:
+            loading.set()
+            go_on.wait(10)
+            return reload(query, request)
+
+        late._do_collective_rpc = slowly  # type: ignore[method-assign]
+
+        async def find() -> None:
+            endpoint = trainer.samplers.endpoints[1]
+            trainer.samplers.pool.take_down(endpoint)
+            trainer.samplers.pool._start_probe(endpoint)
+
+        trainer.samplers.thread.run(find())
+        assert loading.wait(10)
+        trainer.publisher.publish(1)
+        go_on.set()
+        drawn_until_up(trainer, 1)
+        found = drawn_by(trainer.sampler, made_prompts(12), sampling(4))
+        assert {rollout.sampling["server"] for rollout in found} == {good.url, late.url}
+        assert {rollout.policy_version for rollout in found} == {1}
+        assert same(late.weights.model, trainer.model)
+
+
+def test_what_a_restarted_server_samples_until_the_next_sync_does_not_count(tmp_path: Path) -> None:
+    server = started()
+    with training(by_files(tmp_path), server) as trainer:
+        trainer.publisher.publish(0)
+        trainer.step()
+        restart(server)
+        server.token_delay_s = 0.02
+        found: list[Any] = []
+        prompts, params = made_prompts(3), sampling(1, max_tokens=30, stop_token_ids=())
+        drawing = threading.Thread(target=lambda: found.extend(drawn_by(trainer.sampler, prompts, params)))
+        drawing.start()
+        while not server.sent:
+            time.sleep(0.01)
+        trainer.publisher.publish(1)
+        drawing.join()
+        assert [rollout.policy_versions for rollout in found] == [[[0, 30, 1]]] * 3
+        assert {tag for tags in list(server.versions.values())[-3:] for tag in tags} == {server.weights.tag}
+
+
+def test_a_worker_that_fails_in_mid_broadcast_hangs_nobody(caplog: pytest.LogCaptureFixture) -> None:
     good, bad = started(), started()
     with training(by_gloo, good, bad) as trainer:
         trainer.publisher.publish(0)
@@ -289,6 +376,8 @@ def test_a_worker_that_fails_in_mid_broadcast_hangs_nobody() -> None:
         drawn_by(trainer.sampler, made_prompts(2), sampling(1))
         trainer.publisher.publish(2)
         assert same(good.weights.model, trainer.model)
+    gc.collect()
+    assert not caplog.records  # asyncio tells of errors that nobody asked for
 
 
 def test_without_any_server_the_run_ends(tmp_path: Path) -> None:
@@ -372,6 +461,24 @@ def test_what_is_sent_is_the_version_that_was_published(tmp_path: Path) -> None:
         samplers.thread.run(load(Control(samplers.http, samplers.endpoints[0])))
         carrier.close()
         assert all(torch.equal(before[name], tensor) for name, tensor in server.weights.model.state_dict().items())
+
+
+def test_what_is_sent_shares_no_memory_with_the_model_though_a_checkpoint_cuts_its_tensors() -> None:
+    """A mixture of experts: one tensor of the model is several of its checkpoint."""
+    model = AutoModelForCausalLM.from_config(
+        Qwen3MoeConfig(
+            vocab_size=32, hidden_size=16, moe_intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+        )
+    )  # fmt: skip
+    load = Native(model, "gloo").prepare(0, "t/0")
+    assert isinstance(load, native.Sending)
+    before = {name: tensor.clone() for name, tensor in load.tensors.items()}
+    assert any(".experts.3." in name for name in before)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in load.tensors.items())
 
 
 @pytest.mark.parametrize("method", ["nccl", "ipc"])

@@ -12,11 +12,11 @@ Everything but ``open`` and ``close`` belongs into the thread's loop. Not covere
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from scope_opd.errors import RunFailed
+from scope_opd.errors import RunFailed, ScopeError
 from scope_opd.serving.control import Control
 from scope_opd.serving.faults import Fault
 from scope_opd.serving.http import HttpClient, LoopThread, monotonic
@@ -183,11 +183,14 @@ class Samplers:
             known.context = await served_context(self.pool, endpoint)
             if endpoint.state == "probing":
                 known.honest = None
-            target = self.target
-            if target is not None:
-                await self._confirm_weights(endpoint, target)
-            if self._ask_honesty and known.honest is None:
-                await self._learn_honesty(endpoint)
+            while True:
+                target = self.target
+                if target is not None:
+                    await self._confirm_weights(endpoint, target)
+                if self._ask_honesty and known.honest is None:
+                    await self._learn_honesty(endpoint)
+                if self.target is target:  # else a sync has begun that passed over this endpoint, since it was not up
+                    return
 
     async def _confirm_weights(self, endpoint: Endpoint, target: Target) -> None:
         known = self._known[endpoint]
@@ -196,7 +199,12 @@ class Samplers:
             return  # it holds what it was given; the sync that set the target is about to come here
         if known.version != target.version or tag != target.tag:
             known.honest = None
-            await target.load(endpoint)
+            try:
+                await target.load(endpoint)
+            except ScopeError:
+                if self.target is target:
+                    raise
+                raise Fault("weights", "newer ones were published while it was given these") from None
             known.version, known.tag, endpoint.renewed_at = target.version, target.tag, monotonic()
         await self.prove(endpoint, target)
 
@@ -250,6 +258,12 @@ class Samplers:
         """What it holds, and whether it is paused, is not known: ``confirm`` will bring it to the target."""
         self._known[endpoint].version = None
 
+    def restarted(self, endpoint: Endpoint, tag: str) -> bool:
+        """Whether an endpoint that says it holds the weights ``tag`` is another process than the one that was given its
+        weights last."""
+        known = self._known[endpoint]
+        return known.tag is not None and known.tag != tag
+
     def version(self, endpoint: Endpoint) -> int | None:
         """Optimiser steps behind the weights that it holds, as far as the sync has said."""
         return self._known[endpoint].version
@@ -273,18 +287,19 @@ class Samplers:
 
     # --- how they answer ---------------------------------------------------------------------------------------------
 
-    async def learn_honesty(self, *, demand: bool) -> None:
+    async def learn_honesty(self, *, demand: bool, later: Collection[Endpoint] = ()) -> None:
         """Find out, of every server that is up now or from now on, whether its log-probs are those that sample.
 
         Args:
             demand: refuse those whose log-probs are not.
+            later: cannot answer yet; they are asked in ``confirm``, before an answer of theirs counts.
 
         Raises:
             RunFailed: one was refused.
         """
         self._ask_honesty, self._demand_honesty = True, demand
         for endpoint in self.endpoints:
-            if endpoint.state == "up" and self._known[endpoint].honest is not True:
+            if endpoint not in later and endpoint.state == "up" and self._known[endpoint].honest is not True:
                 try:
                     await self._learn_honesty(endpoint)
                 except Fault:

@@ -85,19 +85,15 @@ class Native:
         """Copy the student's weights: to the CPU for gloo, in place otherwise."""
         device = torch.device("cpu") if self.method == "gloo" else None
         copies = {}
+        # By storage, not by name: an expert's tensor in a checkpoint is a view into a larger one of the model's.
+        live = {own.untyped_storage().data_ptr() for own in (*self._model.parameters(), *self._model.buffers())}
         for name, tensor in checkpoint_tensors(self._model, self._dtype).items():
             moved = tensor if device is None else tensor.to(device)
-            own = moved.untyped_storage().data_ptr() != self._storage_of(name)
-            copies[name] = moved.contiguous() if own else moved.clone(memory_format=torch.contiguous_format)
+            shared = moved.untyped_storage().data_ptr() in live
+            copies[name] = moved.clone(memory_format=torch.contiguous_format) if shared else moved.contiguous()
         if self.method == "ipc":
             torch.cuda.synchronize()
         return Sending(self, copies)
-
-    def _storage_of(self, name: str) -> int:
-        """Where the student's own tensor of that name is; -1 where it has none (made for the checkpoint)."""
-        with suppress(AttributeError):
-            return int(self._model.get_parameter_or_buffer(name).untyped_storage().data_ptr())
-        return -1
 
     def close(self) -> None:
         for link in self._links.values():
@@ -204,6 +200,7 @@ class Sending:
     async def _both(self, receiving: Any, link: Link) -> None:
         """The server's request and our broadcast go on together; if one fails the other is not waited for."""
         asked, sent = asyncio.ensure_future(receiving), asyncio.ensure_future(apart(lambda: self._broadcast(link)))
+        sent.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may wait for it by then
         try:
             done, _ = await asyncio.wait((asked, sent), return_when=asyncio.FIRST_EXCEPTION)
             if asked in done:  # what the server says of a failure tells more than that the connection broke

@@ -139,16 +139,16 @@ class Publisher:
     async def _one(self, endpoint: Endpoint, target: Target, load: Load) -> tuple[float, float] | None:
         """One server; None where it failed and was taken down."""
         began = monotonic()
-        try:
-            async with self.samplers.lock(endpoint):
+        async with self.samplers.lock(endpoint):
+            try:
                 await self._bring(endpoint, target.tag, load, version=target.version)
                 loaded = monotonic()
                 await self.samplers.prove(endpoint, target)
-        except Fault as fault:
-            endpoint.last_error = fault.message
-            self.samplers.pool.take_down(endpoint)
-            await self._abandon(endpoint)
-            return None
+            except Fault as fault:
+                endpoint.last_error = fault.message
+                self.samplers.pool.take_down(endpoint)
+                await self._abandon(endpoint)
+                return None
         if endpoint.state == "down":
             endpoint.retry_at = monotonic()  # its pool finds it at once
         return loaded - began, monotonic() - loaded
@@ -167,10 +167,13 @@ class Publisher:
 
     async def _bring_in_order(self, endpoint: Endpoint, tag: str, load: Load, version: int | None) -> None:
         control = self._control(endpoint)
-        asleep = self.colocated and await control.weight_version() == ASLEEP
+        said = await control.weight_version()
+        asleep = self.colocated and said == ASLEEP
+        # What a restarted server has sampled so far is of the weights that it was started with.
+        anew = version is None or (not asleep and self.samplers.restarted(endpoint, said))
         if asleep:
             await control.wake_up("weights")
-        elif version is None:
+        elif anew:
             await control.pause("abort")
         else:
             await control.pause("keep" if self.samplers.in_flight(endpoint) else "wait")
@@ -182,10 +185,13 @@ class Publisher:
             await self.samplers.mark(endpoint, version)
         if asleep:
             await control.wake_up("kv_cache")  # its cache was emptied when it went to sleep; sampling goes on by itself
+        if anew:
+            endpoint.renewed_at = monotonic()
         await control.resume()
 
     async def _abandon(self, endpoint: Endpoint) -> None:
-        """End what is under way at a server that may hold anything: it is asked for elsewhere."""
+        """End what is under way at a server that may hold anything: it is asked for elsewhere. Its lock is held."""
+        self.samplers.forget(endpoint)  # it stays paused until it is given the weights again
         with contextlib.suppress(Fault, ScopeError):  # it is down already; nothing worse can be said of it
             await Control(self.samplers.http, endpoint, load_s=min(5.0, self._load_s)).pause("abort")
 
