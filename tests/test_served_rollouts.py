@@ -132,6 +132,14 @@ def test_a_prompt_that_the_sampling_servers_cannot_hold_is_found_before_the_run(
             build_engines(configured(pair, tmp_path / "run", [one.url], "rollout.max_tokens=85"))
 
 
+def test_a_server_that_a_killed_run_left_paused_is_used_at_once(pair: Path, tmp_path: Path) -> None:
+    with server(pair) as one:
+        one.gate.clear()  # it would keep the first sample waiting
+        built = build_engines(configured(pair, tmp_path / "run", [one.url], "rollout.read_timeout_s=3"))
+        built.close()
+        assert one.paths["/resume"] == 1
+
+
 def test_servers_of_the_student_are_refused_where_the_teacher_samples(pair: Path, tmp_path: Path) -> None:
     config = configured(pair, tmp_path / "run", ["http://127.0.0.1:9/v1"], "objective.method=kd")
     with pytest.raises(ConfigError, match=r"rollout.base_urls with objective.method = 'kd'"):

@@ -23,7 +23,7 @@ from scope_opd.rollout.served import ServedSampler
 from scope_opd.rollout.weight_sync.carrier import Carrier
 from scope_opd.rollout.weight_sync.files import Files
 from scope_opd.rollout.weight_sync.native import Native
-from scope_opd.rollout.weight_sync.publisher import Publisher
+from scope_opd.rollout.weight_sync.publisher import ASLEEP, Publisher
 from scope_opd.serving.control import Control
 from scope_opd.serving.faults import Fault
 from scope_opd.serving.pool import PoolSettings
@@ -87,12 +87,17 @@ def check_answers(config: Config, samplers: Samplers) -> None:
     """
 
     async def ask() -> None:
-        if config.rollout.temperature != 1.0:
-            await samplers.learn_honesty(demand=True)
+        asleep = []
         for endpoint in samplers.endpoints:
             if endpoint.state == "up":
                 with contextlib.suppress(Fault):  # it goes down, or is asked again by the first sync
-                    await Control(samplers.http, endpoint).weight_version()
+                    control = Control(samplers.http, endpoint)
+                    if await control.weight_version() == ASLEEP:
+                        asleep.append(endpoint)  # it samples again when the first sync has woken it
+                    else:
+                        await control.resume()  # a run that was killed in mid-sync has left it paused
+        if config.rollout.temperature != 1.0:
+            await samplers.learn_honesty(demand=True, later=asleep)
 
     try:
         samplers.thread.run(ask())
