@@ -15,7 +15,7 @@ import pytest
 import tomli_w
 import torch
 
-from scope_opd.config import validate_config
+from scope_opd.config import Config, validate_config
 from scope_opd.errors import RunFailed, RunFolderError
 from scope_opd.records import iter_jsonl
 from scope_opd.train import RunInterrupted, train
@@ -388,6 +388,17 @@ def test_the_number_of_judging_processes_is_free_on_resume_and_their_limit_is_no
     refuse_other_config(validate_config({"verify": {"workers": 3}}), saved, 0)
     with pytest.raises(RunFolderError, match=r"verify\.timeout_s = 9\.0 \(was 5\.0\)"):
         refuse_other_config(validate_config({"verify": {"timeout_s": 9.0}}), saved, 0)
+
+
+def test_trainer_and_servers_may_have_moved_on_resume() -> None:
+    def served(**more: Any) -> Config:
+        table = {"base_urls": ["http://10.0.0.5:1/v1"], "model": "s", "sync": "gloo", "sync_host": "10.0.0.1"}
+        return validate_config({"rollout": {**table, **more}})
+
+    saved = served().model_dump(mode="json")
+    refuse_other_config(served(base_urls=["http://10.0.0.6:1/v1"], sync_host="10.0.0.2"), saved, 0)
+    with pytest.raises(RunFolderError, match=r"rollout\.sync_tolerance = 1\.0"):
+        refuse_other_config(served(sync_tolerance=1.0), saved, 0)
 
 
 def test_a_run_does_not_go_on_with_other_data_under_the_same_name(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ _FREE = {("verify", "workers")}
 """Settings on which no number of a run depends."""
 _WHERE = {
     "base_urls", "api_key_env", "api_key_file", "ca_bundle", "connect_timeout_s", "read_timeout_s", "deadline_s",
-    "max_concurrency", "allow_unprotected_routes", "sync", "sync_dir", "colocated",
+    "max_concurrency", "allow_unprotected_routes", "sync", "sync_dir", "sync_host", "colocated",
 }  # fmt: skip
 """Of [teacher] and [rollout]: where servers are and how they are reached. Servers may move; that they still serve the
 same teacher is what fingerprints are for."""
