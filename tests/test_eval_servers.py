@@ -136,9 +136,11 @@ def test_the_servers_context_bounds_a_response(
 ) -> None:
     with server(folder) as one:
         one.context = 20
-        assert main(command(folder, tmp_path / "out", one.url)) == 1
+        assert main(command(folder, tmp_path / "out", one.url)) == 2
         assert not any(body["stream"] for body in one.bodies)
-    assert "--max-model-len" in capsys.readouterr().err
+        assert "--max-model-len" in capsys.readouterr().err
+        one.context = 4096  # started anew: what was refused binds nobody
+        assert main(command(folder, tmp_path / "out", one.url, more=("--seed", "1"))) == 0
 
 
 def test_no_key_is_in_anything_that_an_evaluation_leaves(

@@ -60,6 +60,14 @@ def test_other_settings_are_refused_naming_the_first_that_differs(tmp_path: Path
     SampleStore.open(tmp_path, SETTINGS).close()  # the refusal let go of the folder
 
 
+def test_a_folder_without_a_sample_takes_other_settings(tmp_path: Path) -> None:
+    SampleStore.open(tmp_path, SETTINGS).close()
+    other = json.loads(json.dumps(SETTINGS))
+    other["sampling"]["temperature"] = 1.0
+    SampleStore.open(tmp_path, other).close()
+    assert json.loads((tmp_path / "settings.json").read_text()) == other
+
+
 def test_first_difference_is_found_in_depth_and_in_missing_keys() -> None:
     assert first_difference({"a": {"b": 1}}, {"a": {"b": 1}}) is None
     assert first_difference({"a": {"b": 1}}, {"a": {"b": 2}, "c": 0}) == ("a.b", 1, 2)

@@ -21,7 +21,7 @@ from scope_opd.cli.inputs import model_config, shown_prompt, student_tokenizer
 from scope_opd.config import Config
 from scope_opd.data.prompts import render_prompts
 from scope_opd.data.rows import Columns, Row
-from scope_opd.errors import DataError, RunFailed
+from scope_opd.errors import ConfigError, DataError, RunFailed
 from scope_opd.evaluate.benchmarks import CODE_SUFFIX, Benchmark
 from scope_opd.evaluate.loading import Loaded, load_benchmark
 from scope_opd.evaluate.run import evaluation_seed
@@ -148,6 +148,7 @@ def from_model(
             return _open_sampler(config, tasks, tokenizer, weights, device)
         sampler = open_served_sampler(config, served, tokenizer)
         opened.callback(sampler.close)
+        _check_served_room(tasks, sampler.samplers.context)
         return sampler
 
     return Prepared(
@@ -212,6 +213,19 @@ def _check_room(prompts: Sequence[Prompt], rows: Sequence[Row], max_tokens: int,
         f"together at most {context}, the context of {model}",
         f"give --max-tokens {context - length}" if length < context else "drop the problem, or take another model",
     )
+
+
+def _check_served_room(tasks: Sequence[Task], context: int | None) -> None:
+    """Of all benchmarks before the first sample of one."""
+    for task in tasks:
+        longest = max(len(prompt.token_ids) for prompt in task.prompts)
+        if context is not None and longest + task.params.max_tokens > context:
+            raise ConfigError(
+                f"{task.name}: a prompt of {longest} tokens and --max-tokens = {task.params.max_tokens}",
+                f"together at most {context}, the context that the servers were started with",
+                (f"give --max-tokens {context - longest}, or " if longest < context else "")
+                + "serve with a larger --max-model-len",
+            )
 
 
 def _suffix(loaded: Loaded, given: str | None) -> str:

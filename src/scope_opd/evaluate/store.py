@@ -2,7 +2,8 @@
 
 What makes an evaluation that was broken off end as one that was not:
 
-- The settings are written first. The same folder with other settings is refused, naming the first that differs.
+- The settings are written first. The same folder with other settings is refused, naming the first that differs, unless
+  it holds no sample yet: a try that ended at a wrong address or key binds nobody.
 - A sample is a line of samples.jsonl, with the system as soon as it is judged. A last line that was cut off is dropped.
 - Samples are drawn in fixed batches. A batch whose samples are all there is never drawn again; what is there of any
   other is dropped, and the whole batch is drawn as it would have been.
@@ -140,14 +141,17 @@ class SampleStore:
             former = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise RunFolderError(f"{path}: {error}", "the settings of an evaluation", "choose another --out") from None
+        self._read()
         if (found := first_difference(former, wanted)) is not None:
+            if not self.samples and not (self.path / RESULTS).exists():
+                self.write_json(SETTINGS, wanted)
+                return
             name, old, new = found
             raise RunFolderError(
                 f"{self.path} was begun with {name} = {_shown(old)}, and now {name} = {_shown(new)}",
                 "the same settings",
                 "give them, or choose another --out",
             )
-        self._read()
 
     def _read(self) -> None:
         path = self.path / SAMPLES
