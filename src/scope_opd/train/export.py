@@ -50,6 +50,8 @@ def export_model(
         with _no_progress_bar():
             model.save_pretrained(writing)
         tokenizer.save_pretrained(writing)
+        for weights in writing.glob("*.safetensors"):  # written for the owner alone, unlike the rest
+            shutil.copymode(writing / "config.json", weights)
         (writing / "README.md").write_text(model_card(config, steps, metrics, evaluations), encoding="utf-8")
         replace_folder(writing, folder)
     except Exception as error:

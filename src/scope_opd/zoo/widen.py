@@ -12,6 +12,7 @@ Not covered: other architectures than Qwen3.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 
@@ -56,5 +57,6 @@ def widen_heads(folder: Path, head_dim: int) -> bool:
         elif kind == "o_proj":
             tensors[name] = spread(weight, 1)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    shutil.copymode(file, folder / "model.safetensors")  # it is written for the owner alone
     file.write_text(json.dumps(config | {"head_dim": head_dim}, indent=2) + "\n", encoding="utf-8")
     return True

@@ -92,6 +92,8 @@ class Files:
             tensors = {name: each.contiguous() for name, each in checkpoint_tensors(self._model, self._dtype).items()}
             save_file(tensors, writing / WEIGHTS, metadata={"format": "pt", TAG: tag})
             self._model.config.save_pretrained(writing)
+            # safetensors writes for the owner alone; a server may run as somebody else.
+            shutil.copymode(writing / "config.json", writing / WEIGHTS)
             shutil.rmtree(target, ignore_errors=True)
             writing.rename(target)
         except (OSError, SafetensorError) as error:
