@@ -246,7 +246,8 @@ class TestTemperature:
         captured = capsys.readouterr()
         (copy,) = (tmp_path / "runs" / "served").iterdir()
         assert f"--model {copy}" in captured.out
-        assert "served_temperature = 1; expected 0.6; set teacher.served_temperature = 0.6" in captured.err
+        assert "the copy is served at 0.6; expected the same" in captured.err
+        assert "set teacher.served_temperature = 0.6" in captured.err
         weights = load_file(copy / "model.safetensors")["model.norm.weight"]
         zoo = Path(describe(configured(), "teacher").model)
         assert torch.equal(weights, (load_file(zoo / "model.safetensors")["model.norm.weight"].double() / 0.6).float())

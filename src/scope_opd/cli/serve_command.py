@@ -89,8 +89,9 @@ def serve(
     plan = launch(served)  # what is wrong with addresses and flags is known before a model is copied
     for line in plan.warnings:
         _say(f"warning: {line}")
+    reminder = None
     if kind == "teacher":
-        folder = _tempered(settings, served, temperature, copy_dir)
+        folder, reminder = _tempered(settings, served, temperature, copy_dir)
         if folder is not None:
             plan = launch(describe(settings, kind, folder))
     if show:
@@ -102,10 +103,10 @@ def serve(
     section = "rollout" if kind == "student" else f"teacher.routes.{route}" if route else "teacher"
     key = load_secret(env=plan.key_env, file=plan.key_file, setting=f"{section}.api_key")
     check_port(plan)
-    return run(plan, key, settings.serving.start_timeout_s)
+    return run(plan, key, settings.serving.start_timeout_s, reminder)
 
 
-def run(plan: Launch, key: Secret | None, start_timeout_s: float) -> int:
+def run(plan: Launch, key: Secret | None, start_timeout_s: float, reminder: str | None = None) -> int:
     """Start a server and stay with it until it ends or a signal asks to stop; nothing of it is left behind.
 
     Returns:
@@ -123,6 +124,8 @@ def run(plan: Launch, key: Secret | None, start_timeout_s: float) -> int:
                 _say("interrupted")
                 return 130
             print(f"ready: {plan.model} at {plan.url} (process {server.pid}); Ctrl-C stops it", flush=True)
+            if reminder is not None:  # said before, and scrolled away by the server's log since
+                _say(reminder)
             while not asked.wait(0.5):
                 if server.ended():
                     raise server.failure("by itself")
@@ -195,31 +198,37 @@ def _interpreter(config: Config, show: bool) -> tuple[str, bool]:
     return found.path, found.on_cpu
 
 
-def _tempered(config: Config, served: Served, temperature: float | None, copy_dir: Path | None) -> Path | None:
-    """The folder of the copy that is to be served, None for the model itself; says where the config differs."""
+def _tempered(
+    config: Config, served: Served, temperature: float | None, copy_dir: Path | None
+) -> tuple[Path | None, str | None]:
+    """The folder of the copy that is to be served, None for the model itself; and a warning, which it has given, where
+    the config differs."""
     from scope_opd.models.tempered_copy import copy_folder, served_temperature, tempered_copy
 
     wanted = config.teacher.served_temperature
     if temperature is None or temperature == 1.0:
         given = served_temperature(served.model)
-        if given != wanted:
-            _say(
-                f"warning: teacher.served_temperature = {wanted:g} and {config.teacher.path} is served at temperature "
-                f"{given:g}; expected the same; add --temperature {wanted:g}, or change the config"
-            )
-        return None
+        if given == wanted:
+            return None, None
+        warning = (
+            f"warning: teacher.served_temperature = {wanted:g} and {config.teacher.path} is served at temperature "
+            f"{given:g}; expected the same; add --temperature {wanted:g}, or change the config"
+        )
+        _say(warning)
+        return None, warning
     cache = Path(config.run.dir).absolute().parent / "served"
     folder = copy_dir.expanduser() if copy_dir is not None else copy_folder(cache, served.model, temperature)
     fresh = tempered_copy(served.model, temperature, folder, revision=served.revision)
     _say(f"{'wrote' if fresh else 'found'} the copy of {config.teacher.path} at temperature {temperature:g}: {folder}")
     if wanted == temperature:
         _say(f"teacher.served_temperature = {temperature:g}, as the config says")
-    else:
-        _say(
-            f"warning: the config says teacher.served_temperature = {wanted:g}; expected {temperature:g}; "
-            f"set teacher.served_temperature = {temperature:g}"
-        )
-    return folder
+        return folder, None
+    warning = (
+        f"warning: the config says teacher.served_temperature = {wanted:g} and the copy is served at {temperature:g}; "
+        f"expected the same; give --temperature {wanted:g}, or set teacher.served_temperature = {temperature:g}"
+    )
+    _say(warning)
+    return folder, warning
 
 
 def _cores() -> int:
