@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections import Counter
@@ -397,6 +398,17 @@ def test_development_routes_that_others_reach_are_refused_unless_allowed(old: We
             pass
         with samplers_of(server.url, client={"allow_unprotected": True}) as samplers:
             assert len(drawn_by(sampler_over(samplers), made_prompts(1), sampling(1))) == 1
+    with SamplingServer(old, host=host, development=False) as first:
+        second = SamplingServer(old, host=host)
+        with socket.socket() as place:
+            place.bind((host, 0))
+            second.port = place.getsockname()[1]
+        with samplers_of(first.url, second.url, client={"start_s": 0.2}) as samplers:  # it was down at the start
+            drawn_by(sampler_over(samplers), made_prompts(1), sampling(1))
+            with second, pytest.raises(RunFailed, match=told):
+                for step in range(50):
+                    drawn_by(sampler_over(samplers), made_prompts(4), sampling(2), step)
+                    time.sleep(0.05)
     with SamplingServer(old) as server, samplers_of(server.url):
         pass
 

@@ -502,8 +502,12 @@ def test_development_routes_are_refused_unless_allowed(table: Table, monkeypatch
         with teacher_of(server.url):  # loopback
             pass
         server.development = False
-        with teacher_of(routes={"": far}):
-            pass
+        with teacher_of(routes={"": far}) as teacher:
+            server.development = True  # as after a restart
+            endpoint = teacher.servers.routes[""].pool.endpoints[0]
+            teacher.servers.routes[""].pool.take_down(endpoint)
+            with pytest.raises(RunFailed, match="development routes without a key"):
+                asyncio.run(teacher.score(made_rollouts(1)))
 
 
 def test_every_sampling_parameter_is_explicit(table: Table) -> None:

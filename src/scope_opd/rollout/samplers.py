@@ -183,6 +183,8 @@ class Samplers:
             known.context = await served_context(self.pool, endpoint)
             if endpoint.state == "probing":
                 known.honest = None
+                if not self.client.allow_unprotected:  # it was down: perhaps it is met only now
+                    await refuse_unprotected(self.pool, endpoint)
             while True:
                 target = self.target
                 if target is not None:

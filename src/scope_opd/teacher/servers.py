@@ -59,6 +59,7 @@ class Route:
         self.down: list[str] = []
         self.pool = Pool(client, settings.endpoints(), pool, self.verify)
         self._ledger, self._reference = ledger, reference
+        self._allow_unprotected = True
 
     @property
     def shown(self) -> str:
@@ -84,10 +85,9 @@ class Route:
         Raises:
             ConfigError: a setting is wrong, no server answers, or they serve different models.
         """
+        self._allow_unprotected = allow_unprotected
         # One after another: the first gives the reference.
-        self.down = await meet_all(
-            self.pool, lambda endpoint: self._meet(endpoint, allow_unprotected), patience_s, self.shown
-        )
+        self.down = await meet_all(self.pool, self._meet, patience_s, self.shown)
 
     async def verify(self, endpoint: Endpoint) -> None:
         """Take an endpoint's fingerprint and compare it.
@@ -95,7 +95,10 @@ class Route:
         Raises:
             Fault: it gave none.
             RunFailed: it serves another model than at the start.
+            Refused: a setting is wrong.
         """
+        if endpoint.state == "probing" and not self._allow_unprotected:  # it was down: perhaps it is met only now
+            await refuse_unprotected(self.pool, endpoint)
         began = monotonic()
         values = await self._fingerprint(endpoint)
         gap, new = self._gap(values), False
@@ -134,8 +137,8 @@ class Route:
                 f"check that {self.settings.names.url} serves the teacher, with the student's vocabulary",
             ) from None  # fmt: skip
 
-    async def _meet(self, endpoint: Endpoint, allow_unprotected: bool) -> None:
-        if not allow_unprotected:
+    async def _meet(self, endpoint: Endpoint) -> None:
+        if not self._allow_unprotected:
             await refuse_unprotected(self.pool, endpoint)
         context = await served_context(self.pool, endpoint)
         if context is not None:
