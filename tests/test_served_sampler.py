@@ -405,10 +405,14 @@ def test_development_routes_that_others_reach_are_refused_unless_allowed(old: We
             second.port = place.getsockname()[1]
         with samplers_of(first.url, second.url, client={"start_s": 0.2}) as samplers:  # it was down at the start
             drawn_by(sampler_over(samplers), made_prompts(1), sampling(1))
-            with second, pytest.raises(RunFailed, match=told):
+
+            def draw_on() -> None:
                 for step in range(50):
                     drawn_by(sampler_over(samplers), made_prompts(4), sampling(2), step)
                     time.sleep(0.05)
+
+            with second, pytest.raises(RunFailed, match=told):
+                draw_on()
     with SamplingServer(old) as server, samplers_of(server.url):
         pass
 
