@@ -143,7 +143,7 @@ def test_a_server_killed_in_mid_step_loses_no_rollout(old: Weights) -> None:
         killer.start()
         rollouts = drawn_by(sampler, prompts, params)
         killer.join()
-        assert any("is down" in line and right.url in line for line in sampler.notes())
+        assert any("is down" in line and right.url in line and "the others go on" in line for line in sampler.notes())
         assert sampler.notes() == []
     assert content(rollouts) == expected
     assert max(rollout.sampling["tries"] for rollout in rollouts) > 1
@@ -181,6 +181,10 @@ def test_the_only_server_killed_and_started_again_finishes_the_step_with_the_cur
                 other.join()
                 second.kill()
     assert second.loads == ["run-1"]
+    down, back = sampler.notes()  # both, though they fell into one step
+    assert f"server {first.url} is down" in down
+    assert "it is waited for" in down
+    assert back.endswith("is back, with the current weights")
     assert content(rollouts) == expected
     assert are_the_models_own(rollouts, new, 0.7)
 
@@ -197,6 +201,32 @@ def test_what_a_restarted_server_sampled_before_it_had_the_weights_does_not_coun
         samplers.endpoints[0].verified_at = float("-inf")  # as for a connection that is newer than the last proof
         rollouts = drawn_by(sampler, prompts, params)
         assert server.loads == ["run-1", "run-1"]
+    assert content(rollouts) == expected
+    assert min(rollout.sampling["tries"] for rollout in rollouts) > 1
+
+
+def test_streams_of_a_process_that_hangs_are_given_up_once_another_answers_there(old: Weights, new: Weights) -> None:
+    """They could never count, and would be silent until they time out."""
+    prompts, params = made_prompts(4, seed=6), sampling(2)
+    patient = {"read_timeout_s": 60.0}
+    with SamplingServer(old) as server, samplers_of(server.url, client=patient) as samplers:
+        endpoint = samplers.endpoints[0]
+        samplers.target = target(samplers, [server], new, 1)
+        samplers.thread.run(samplers.confirm(endpoint))
+        sampler = sampler_over(samplers)
+        expected = content(drawn_by(sampler, prompts, params))
+        asked, server.token_delay_s = len(server.bodies), 30.0
+
+        def restart() -> None:
+            _until(lambda: len(server.bodies) == asked + 8)
+            server.token_delay_s, server.weights = 0.0, old
+            samplers.thread.run(samplers.confirm(endpoint))
+
+        other, began = threading.Thread(target=restart), time.monotonic()
+        other.start()
+        rollouts = drawn_by(sampler, prompts, params)
+        other.join()
+        assert time.monotonic() - began < 20
     assert content(rollouts) == expected
     assert min(rollout.sampling["tries"] for rollout in rollouts) > 1
 

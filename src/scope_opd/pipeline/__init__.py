@@ -1,7 +1,7 @@
 """The stream of a step: rollouts, verdicts, scores and complete groups; in the caller's thread or in one of its own."""
 
 from scope_opd.pipeline.background import BackgroundPipeline
-from scope_opd.pipeline.stream import Collected, GroupsHook, PhaseHook, Pipeline, ProgressHook, StageStats
+from scope_opd.pipeline.stream import Collected, GroupsHook, NoteHook, PhaseHook, Pipeline, ProgressHook, StageStats
 from scope_opd.pipeline.timeline import STAGES, Timeline
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "BackgroundPipeline",
     "Collected",
     "GroupsHook",
+    "NoteHook",
     "PhaseHook",
     "Pipeline",
     "ProgressHook",

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scope_opd.errors import RunFailed
-from scope_opd.pipeline.stream import Collected, GroupsHook, PhaseHook, Pipeline, ProgressHook, StageStats
+from scope_opd.pipeline.stream import Collected, GroupsHook, NoteHook, PhaseHook, Pipeline, ProgressHook, StageStats
 from scope_opd.types import Prompt, Rollout, SamplingParams, TeacherScore
 
 END_S = 10.0
@@ -90,6 +90,7 @@ class BackgroundPipeline(Pipeline):
         on_phase: PhaseHook | None = None,
         on_progress: ProgressHook | None = None,
         on_groups: GroupsHook | None = None,
+        on_note: NoteHook | None = None,
     ) -> Collected:
         """Wait for a step's groups, in the prompts' order; begin it, and those that may run ahead of it, if need be.
 
@@ -99,13 +100,15 @@ class BackgroundPipeline(Pipeline):
             policy_version: optimiser steps behind the weights that the sampler has by now.
             on_groups: handed groups that are complete while only the teacher is at work, each once at most; the step's
                 end waits for it.
+            on_note: told at once, while nothing else happens, of servers that went down or came back; what else there
+                is to say is in the step's ``notes``.
 
         Raises:
             BaseException: the first error of any stage, or of a hook, as itself. Nothing runs on then.
         """
         try:
             work = self._admit(prompts, params, step, policy_version)
-            groups = self._follow(work, on_phase, on_progress, on_groups)
+            groups = self._follow(work, on_phase, on_progress, on_groups, on_note)
         except BaseException:
             self.close()
             raise
@@ -141,6 +144,7 @@ class BackgroundPipeline(Pipeline):
         on_phase: PhaseHook | None,
         on_progress: ProgressHook | None,
         on_groups: GroupsHook | None,
+        on_note: NoteHook | None,
     ) -> list[list[Rollout]]:
         groups: list[list[Rollout]] = []
         handed, scoring = 0, False
@@ -148,7 +152,7 @@ class BackgroundPipeline(Pipeline):
             if scoring and on_groups and handed < len(groups) and work.events.empty():
                 fresh, handed = groups[handed:], len(groups)
                 on_groups(fresh)
-            kind, value = self._next(work)
+            kind, value = self._next(work, on_note)
             if kind == "group":
                 groups.append(value)
             elif kind == "progress":
@@ -168,11 +172,14 @@ class BackgroundPipeline(Pipeline):
             else:
                 return groups
 
-    def _next(self, work: _Work) -> tuple[str, Any]:
+    def _next(self, work: _Work, on_note: NoteHook | None) -> tuple[str, Any]:
         while True:
             try:
                 return work.events.get(timeout=ALIVE_S)
             except queue.Empty:
+                if on_note:
+                    for line in self.news():
+                        on_note(line)
                 if self._thread is None or not self._thread.alive:
                     raise RunFailed("the pipeline's thread ended", "one that lives as long as the run") from None
 

@@ -23,6 +23,7 @@ from scope_opd.types import Prompt, Rollout, Sampler, SamplingParams, StepTeache
 PhaseHook = Callable[[str], None]
 ProgressHook = Callable[[int, int], None]
 GroupsHook = Callable[[Sequence[Sequence[Rollout]]], None]
+NoteHook = Callable[[str], None]
 
 
 @dataclass
@@ -127,6 +128,7 @@ class Pipeline:
         on_phase: PhaseHook | None = None,
         on_progress: ProgressHook | None = None,
         on_groups: GroupsHook | None = None,
+        on_note: NoteHook | None = None,
     ) -> Collected:
         """Run the stream to its end and put the groups in order.
 
@@ -137,7 +139,7 @@ class Pipeline:
             policy_version: optimiser steps behind the sampler's weights.
             on_phase: told "generation" and "scoring" as they begin.
             on_progress: told (rollouts finished, rollouts in all).
-            on_groups: never called here: this thread works for the stream until the step's end.
+            on_groups, on_note: never called here: this thread works for the stream until the step's end.
         """
         stats = StageStats()
 
@@ -249,12 +251,15 @@ class Pipeline:
                 self._join(state, rollout)
         if isinstance(self.teacher, StepTeacher):
             state.stats.notes += await self.teacher.end_step(step)
-        if notes := getattr(self.sampler, "notes", None):  # servers that went down or came back
-            state.stats.notes += notes()
+        state.stats.notes += self.news()
         short = [name for name in state.prompts if len(state.members.get(name, [])) != params.n]
         if short:
             found = f"prompt {short[0]!r} has {len(state.members.get(short[0], []))} rollouts"
             raise RunFailed(found, f"{params.n}", "the sampler lost some or gave too many")
+
+    def news(self) -> list[str]:
+        """Lines about servers that went down or came back, of engines that have any."""
+        return [line for engine in (self.sampler, self.teacher) for line in getattr(engine, "notes", list)()]
 
     async def _judge(self, state: _Step, rollout: Rollout) -> None:
         start = time.perf_counter()

@@ -15,6 +15,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from scope_opd.errors import RunFailed, ScopeError
 from scope_opd.serving.control import Control
@@ -65,6 +66,8 @@ class Live:
 
     stream: SampleStream
     starts: list[tuple[int, int]]
+    task: asyncio.Task[Any] | None = None
+    lost: bool = False
 
     def mark(self, version: int) -> None:
         """Tokens from here on are of other weights."""
@@ -73,6 +76,12 @@ class Live:
             self.starts.pop()
         if not self.starts or self.starts[-1][1] != version:
             self.starts.append((place, version))
+
+    def give_up(self) -> None:
+        """End it here: whoever waits for it gets a ``Fault`` and asks again."""
+        if self.task is not None and not self.lost:
+            self.lost = True
+            self.task.cancel()
 
     def spans(self) -> list[list[int]]:
         """``[first token, last token exclusive, version]``, covering the response."""
@@ -92,7 +101,6 @@ class _Known:
     context: int | None = None
     honest: bool | None = None
     live: set[Live] = field(default_factory=set)
-    told_down: bool = False
 
 
 class Samplers:
@@ -207,7 +215,8 @@ class Samplers:
                 if self.target is target:
                     raise
                 raise Fault("weights", "newer ones were published while it was given these") from None
-            known.version, known.tag, endpoint.renewed_at = target.version, target.tag, monotonic()
+            known.version, known.tag = target.version, target.tag
+            self.renewed(endpoint)
         await self.prove(endpoint, target)
 
     async def prove(self, endpoint: Endpoint, target: Target) -> None:
@@ -256,6 +265,16 @@ class Samplers:
             live.mark(version)
         known.version, known.tag = version, None if self.target is None else self.target.tag
 
+    def renewed(self, endpoint: Endpoint) -> None:
+        """Somebody else was found there and has just been given the weights.
+
+        What was asked there before cannot count any more: it is given up at once, since a process that is gone, or
+        hangs, would keep its streams silent until they time out.
+        """
+        endpoint.renewed_at = monotonic()
+        for live in self._known[endpoint].live:
+            live.give_up()
+
     def forget(self, endpoint: Endpoint) -> None:
         """What it holds, and whether it is paused, is not known: ``confirm`` will bring it to the target."""
         self._known[endpoint].version = None
@@ -280,10 +299,14 @@ class Samplers:
             version: of weights that nobody syncs.
         """
         known = self._known[endpoint]
-        live = Live(stream, [(0, version if known.version is None else known.version)])
+        live = Live(stream, [(0, version if known.version is None else known.version)], asyncio.current_task())
         known.live.add(live)
         try:
             yield live
+        except asyncio.CancelledError:
+            if live.lost and live.task is not None and live.task.uncancel() == 0:
+                raise Fault("connection", "another process answers there by now") from None
+            raise
         finally:
             known.live.discard(live)
 
@@ -318,14 +341,6 @@ class Samplers:
         return self._known[endpoint].honest is True
 
     def changes(self) -> list[str]:
-        """A line for each server that went down, or came back, since this was last asked."""
-        lines = []
-        for endpoint, known in self._known.items():
-            if endpoint.state == "down" and not known.told_down:
-                lines.append(f"sampling server {endpoint.url} is down ({endpoint.last_error}); the others go on")
-            elif endpoint.state == "up" and known.told_down:
-                lines.append(f"sampling server {endpoint.url} is back, with the current weights")
-            else:
-                continue
-            known.told_down = not known.told_down
-        return lines
+        """A line for each server that went down, or came back, since this was last asked. From any thread."""
+        back = ", with the current weights" if self.target is not None else ""
+        return [news.line("sampling", back) for news in self.pool.news()]

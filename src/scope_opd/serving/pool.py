@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -94,6 +94,34 @@ class Endpoint:
     verified_at: float = -math.inf
     renewed_at: float = -math.inf
     answered: int = 0
+    told_down: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """A server went down (a probe or several requests in a row failed), or came back.
+
+    Attributes:
+        reason: why it is down.
+        alone: no other server is up meanwhile.
+    """
+
+    endpoint: Endpoint
+    up: bool
+    reason: str = ""
+    alone: bool = False
+
+    def line(self, kind: str, back: str = "") -> str:
+        """A sentence.
+
+        Args:
+            kind: of server, such as "teacher".
+            back: what to add about one that is back.
+        """
+        if self.up:
+            return f"{kind} server {self.endpoint.url} is back{back}"
+        rest = "it is waited for" if self.alone else "the others go on"
+        return f"{kind} server {self.endpoint.url} is down ({self.reason}); {rest}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +175,7 @@ class Pool:
         self._admission = asyncio.Semaphore(settings.max_concurrency * len(endpoints))
         self._changed = asyncio.Event()
         self._probes: set[asyncio.Task[None]] = set()
+        self._news: deque[News] = deque()
         self._random = random.Random()  # waits alone depend on it, never a result
 
     async def call(self, tokens: int, ask: Callable[[Endpoint], Awaitable[Reply[Answer]]]) -> Done[Answer]:
@@ -277,6 +306,10 @@ class Pool:
             await self._sleep(None)
         raise self.fatal
 
+    def news(self) -> list[News]:
+        """What has not been told yet, in order. May be called from any thread."""
+        return [self._news.popleft() for _ in range(len(self._news))]
+
     # --- who is asked ------------------------------------------------------------------------------------------------
 
     async def _acquire(self, tokens: int, deadline: float, avoid: Endpoint | None) -> Endpoint | None:
@@ -332,7 +365,8 @@ class Pool:
             endpoint.quiet_until = max(endpoint.quiet_until, now + fault.retry_after_s)
             return
         if fault.broke_connection:
-            if began <= endpoint.broke_at:  # one event broke several connections: it is counted once
+            # One event broke several connections: it is counted once.
+            if began <= max(endpoint.broke_at, endpoint.renewed_at):
                 return
             endpoint.broke_at = now
             if endpoint.state == "up":
@@ -347,6 +381,10 @@ class Pool:
         """Send nothing there for a while; then a probe decides."""
         endpoint.state, endpoint.failures = "down", 0
         endpoint.opens += 1
+        if not endpoint.told_down:
+            endpoint.told_down = True
+            alone = not any(each.state == "up" for each in self.endpoints)
+            self._news.append(News(endpoint, False, endpoint.last_error, alone))
         endpoint.retry_at = monotonic() + self._wait(endpoint.opens, self.settings.down_s, self.settings.down_max_s)
 
     def _start_probe(self, endpoint: Endpoint) -> None:
@@ -380,6 +418,9 @@ class Pool:
             if endpoint.broke_at < began or endpoint.state == "probing":
                 endpoint.state, endpoint.failures, endpoint.opens = "up", 0, 0
                 endpoint.verified_at = began
+                if endpoint.told_down:
+                    endpoint.told_down = False
+                    self._news.append(News(endpoint, True))
         finally:
             if endpoint.state == "probing":  # cancelled
                 endpoint.state = "down"

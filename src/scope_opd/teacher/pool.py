@@ -82,7 +82,6 @@ class PoolTeacher:
         self._route_of = route_of
         self._latest = _Step()
         self._steps: dict[int | None, _Step] = {}
-        self._told_down: set[str] = set()
 
     async def begin_step(self, prompts: Sequence[Prompt], step: int) -> None:
         """A step begins: learn its prompts' routes, and have every server prove itself before it is used."""
@@ -110,7 +109,7 @@ class PoolTeacher:
                 f"at most {self.max_unscored:.3g} of them (teacher.max_unscored)",
                 "the step was not taken: see to the servers, then continue with --resume",
             )
-        return self._changes()
+        return self.notes()
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
         """Log-probs of every response token at temperature 1 of the served model, floored; one score a rollout.
@@ -171,6 +170,10 @@ class PoolTeacher:
         )  # fmt: skip
         return Outcome(done.value.logprobs, None, False, done.tries, row)
 
+    def notes(self) -> list[str]:
+        """A line for each server that went down or came back since this was last asked. From any thread."""
+        return [news.line("teacher") for route in self.servers.routes.values() for news in route.pool.news()]
+
     def close(self) -> None:
         """End the client. Nothing of it is left afterwards; may be called twice."""
         self.servers.close()
@@ -193,19 +196,6 @@ class PoolTeacher:
 
     def _step_of(self, rollout: Rollout) -> _Step:
         return self._steps.get(rollout.step, self._latest)
-
-    def _changes(self) -> list[str]:
-        endpoints = [endpoint for route in self.servers.routes.values() for endpoint in route.pool.endpoints]
-        lines = []
-        for endpoint in endpoints:
-            url, is_up = str(endpoint.url), endpoint.state == "up"
-            if not is_up and url not in self._told_down:
-                lines.append(f"teacher server {url} is down ({endpoint.last_error}); the others go on")
-                self._told_down.add(url)
-            elif is_up and url in self._told_down:
-                lines.append(f"teacher server {url} is back")
-                self._told_down.discard(url)
-        return lines
 
     async def _probe(self, *, wait: bool) -> None:
         async def probe() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from scope_opd.objective.methods import Aggregation
-from scope_opd.pipeline import Collected, GroupsHook, PhaseHook, ProgressHook, Timeline
+from scope_opd.pipeline import Collected, GroupsHook, NoteHook, PhaseHook, ProgressHook, Timeline
 from scope_opd.types import Prompt, Rollout, SamplingParams, WeightPublisher
 
 Rows = Sequence[Mapping[str, Any]]
@@ -35,6 +35,7 @@ class Collector(Protocol):
         on_phase: PhaseHook | None = None,
         on_progress: ProgressHook | None = None,
         on_groups: GroupsHook | None = None,
+        on_note: NoteHook | None = None,
     ) -> Collected: ...
 
     def close(self) -> None: ...

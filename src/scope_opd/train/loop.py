@@ -46,6 +46,7 @@ def train(config: Config, engines: Engines, *, resume: bool = False, progress: b
                     on_phase=run.phase,
                     on_progress=run.inside,
                     on_groups=run.early(gathering.early),
+                    on_note=run.note,
                 )
                 with run.update():
                     verdicts, batch = gathering.complete(collected.rollouts)

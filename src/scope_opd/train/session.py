@@ -235,6 +235,10 @@ class Session:
         self._folder.phase(self.step, name)
         self._display.phase(self.step, name)
 
+    def note(self, line: str) -> None:
+        """Something worth knowing at once: a line and an event."""
+        self._say("warning", line)
+
     def inside(self, done: int, total: int) -> None:
         """Progress inside the phase."""
         self._display.inside(done, total)

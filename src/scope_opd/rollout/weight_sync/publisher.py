@@ -186,7 +186,7 @@ class Publisher:
         if asleep:
             await control.wake_up("kv_cache")  # its cache was emptied when it went to sleep; sampling goes on by itself
         if anew:
-            endpoint.renewed_at = monotonic()
+            self.samplers.renewed(endpoint)
         await control.resume()
 
     async def _abandon(self, endpoint: Endpoint) -> None:
