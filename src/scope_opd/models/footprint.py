@@ -48,7 +48,7 @@ class Shape:
         largest: of the largest single tensor.
         layers, hidden, vocabulary: of the decoder, of the head.
         heads: attention heads x head size, the width of the queries.
-        kv_width: key-value heads x head size.
+        kv_heads, kv_width: key-value heads; times head size.
         tied: whether embedding and head are one tensor.
     """
 
@@ -60,6 +60,7 @@ class Shape:
     hidden: int
     vocabulary: int
     heads: int
+    kv_heads: int
     kv_width: int
     tied: bool
 
@@ -88,6 +89,7 @@ def shape_of(config: Any) -> Shape:
     outer = {id(embedding.weight)} | ({id(head.weight)} if head is not None else set())
     parameters = list(model.parameters())
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return Shape(
         parameters=sum(p.numel() for p in parameters),
         layer_parameters=sum(p.numel() for layer in layers for p in layer.parameters()) // len(layers),
@@ -97,7 +99,8 @@ def shape_of(config: Any) -> Shape:
         hidden=int(text.hidden_size),
         vocabulary=int((embedding if head is None else head).weight.shape[0]),
         heads=text.num_attention_heads * size,
-        kv_width=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * size,
+        kv_heads=kv_heads,
+        kv_width=kv_heads * size,
         tied=head is not None and head.weight is embedding.weight,
     )
 
@@ -419,3 +422,9 @@ def _part_of(name: str) -> str:
     if "attn" in lowered or "attention" in lowered:
         return "attention"
     return "MLP"
+
+
+def forward_flops(shape: Shape, length: int) -> float:
+    """FLOPs of a forward pass over one sequence: 2 a weight and token, and causal attention, 2 x layers x width x
+    length^2."""
+    return 2.0 * shape.matrix_parameters * length + 2.0 * shape.layers * shape.heads * length**2

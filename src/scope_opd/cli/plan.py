@@ -1,0 +1,390 @@
+"""From a config to the memory of its ranks and servers and the cost of a step. Nothing is loaded, nothing computed.
+
+Not covered: time, apart from FLOPs; host memory; a run in which the teacher samples (``kd``); ``full_kl``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from scope_opd.config import Config, ServerFlags
+from scope_opd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from scope_opd.models.footprint import Shape
+    from scope_opd.models.memory import Layout, Server, Stage, Student, Updates
+
+VLLM_UTILISATION = 0.92
+"""vLLM's own default."""
+VLLM_CHUNK = 8192
+"""Tokens of a prefill chunk where none is set: the most that vLLM chooses for an API server below 160 GB."""
+CEILING = 1 << 20
+"""Tokens beyond which no micro-batch is looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What is there.
+
+    Attributes:
+        ranks: GPUs that train.
+        memory: bytes of one.
+        reserve: bytes of it that hold no tensor: CUDA's context, workspaces, NCCL, an allocator's slack.
+        sharded: ranks share weights, gradients and optimiser states.
+    """
+
+    ranks: int
+    memory: int
+    reserve: int
+    sharded: bool
+
+
+@dataclass(slots=True)
+class Plan:
+    """What ``plan`` finds.
+
+    Attributes:
+        stages: of a step, on one rank.
+        servers: by name: how many, GPUs each, memory.
+        updates: the update by micro-batch.
+        microbatch: tokens of the largest micro-batch of this config: the budget, or its longest sequence.
+        largest_microbatch, largest_response: tokens that would fit; ``bound`` says what limits the response.
+        tokens, flops: of a step.
+        failures, warnings: lines.
+    """
+
+    stages: list[Stage] = field(default_factory=list)
+    servers: dict[str, tuple[int, int, Server]] = field(default_factory=dict)
+    shapes: dict[str, Shape] = field(default_factory=dict)
+    microbatch: int = 0
+    largest_microbatch: int = 0
+    largest_response: int = 0
+    bound: str = ""
+    tokens: dict[str, int] = field(default_factory=dict)
+    flops: dict[str, float] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def largest(self) -> Stage:
+        """The stage that needs most of a rank."""
+        return max(self.stages, key=lambda stage: stage.total)
+
+
+def plan(config: Config, machine: Machine, *, mean_response: int | None = None) -> Plan:
+    """Plan a run.
+
+    Args:
+        config: of the run.
+        machine: what it shall run on.
+        mean_response: tokens of a response for the cost of a step; None: all of full length.
+
+    Raises:
+        ConfigError: a model's config cannot be found.
+    """
+    from scope_opd.cli.inputs import build_configured_method, needs_teacher
+    from scope_opd.models.footprint import shape_of
+    from scope_opd.models.loading import context_length
+    from scope_opd.models.memory import Layout, Updates
+
+    found = Plan()
+    layout = Layout(machine.ranks, machine.sharded and machine.ranks > 1)
+    student = _student(config)
+    found.shapes["student"] = student.shape
+    method = build_configured_method(config)
+    teacher = _teacher_config(config, found) if needs_teacher(config, method) else None
+    if teacher is not None:
+        found.shapes["teacher"] = shape_of(teacher)
+    if method.sampled_by == "teacher":
+        found.warnings.append(f"objective.method = {config.objective.method!r}: sampling by the teacher is not planned")
+    if config.objective.distill == "full_kl":
+        found.warnings.append("objective.distill = 'full_kl': the teacher's logits in the update are not planned")
+    if (config.model.attn_implementation or "sdpa") == "eager":
+        found.warnings.append("model.attn_implementation = 'eager' keeps attention scores, which are not planned")
+    local = teacher is not None and not config.teacher.served
+    frozen: dict[str, int] = {}
+    if local:
+        frozen["teacher's weights"] = found.shapes["teacher"].parameters * _teacher_dtype(config).itemsize
+    if config.objective.reference_kl > 0:
+        frozen["reference's weights"] = student.weights
+
+    longest = config.data.max_prompt_tokens + config.rollout.max_tokens
+    budget = config.train.max_tokens_per_microbatch
+    step_tokens = -(-config.train.prompts_per_step * config.rollout.n * longest // machine.ranks)
+    found.microbatch = min(max(budget, longest), max(step_tokens, longest))
+    if budget < longest:
+        found.warnings.append(
+            f"train.max_tokens_per_microbatch = {budget} is below the longest sequence of {longest} tokens: such a one "
+            f"is a micro-batch of its own, and that is what is planned"
+        )
+    updates = Updates(student, layout, frozen, reference=config.objective.reference_kl > 0)
+    _stages(config, machine, found, student, layout, teacher, frozen, updates)
+    _servers(config, machine, found, student, teacher)
+    room = machine.memory - machine.reserve
+    for stage in found.stages:
+        if stage.total > room:
+            found.failures.append(
+                f"{stage.name} needs {gb(stage.total)} of a rank's {gb(room)} ({gb(machine.memory)} less a reserve of "
+                f"{gb(machine.reserve)})"
+            )
+    limits = {"student's context": context_length(student.config)}
+    if teacher is not None:
+        limits["teacher's context"] = context_length(teacher)
+    for name, limit in limits.items():
+        if limit is not None and longest > limit:
+            found.failures.append(f"prompt and response have up to {longest} tokens, the {name} {limit}")
+    _largest(config, machine, found, student, layout, frozen, updates, limits)
+    _cost(config, found, student, teacher is not None, mean_response or config.rollout.max_tokens)
+    return found
+
+
+def gb(size: float) -> str:
+    """Bytes as GB of 1e9."""
+    return f"{size / 1e9:.1f} GB"
+
+
+def read_config(path: str, revision: str | None, trust_remote_code: bool, setting: str) -> Any:
+    """A model's config: of a folder (config.json is enough), of the local cache, as published, or from the hub.
+
+    Raises:
+        ConfigError: none of these.
+    """
+    from pathlib import Path
+
+    from transformers import AutoConfig
+
+    from scope_opd.models.places import resolve_path
+    from scope_opd.models.shapes import published_config
+
+    target = resolve_path(path)
+    options: dict[str, Any] = {} if Path(target).is_dir() else {"revision": revision}
+    for attempt in (
+        partial(AutoConfig.from_pretrained, target, trust_remote_code=trust_remote_code, local_files_only=True, **options),
+        partial(published_config, path),
+        partial(AutoConfig.from_pretrained, target, trust_remote_code=trust_remote_code, **options),
+    ):
+        try:
+            config = attempt()
+        except (OSError, ValueError, KeyError):
+            continue
+        if config is not None:
+            return config
+    raise ConfigError(
+        f"{setting} = {path!r}: no config.json can be read", "a folder with config.json (no weights are needed), or the hub",
+        f"fetch that one file (hf download {path} config.json --local-dir DIR) and add --set {setting}=DIR",
+    )  # fmt: skip
+
+
+def _student(config: Config) -> Student:
+    import torch
+
+    from scope_opd.models.footprint import shape_of
+    from scope_opd.models.memory import Student
+
+    model, train = config.model, config.train
+    described = read_config(model.path, model.revision, model.trust_remote_code, "model.path")
+    gpu = train.device != "cpu"
+    raw = config.objective.temperature == "raw"
+    sampled = config.rollout.temperature
+    return Student(
+        described,
+        shape_of(described),
+        dtype=getattr(torch, train.param_dtype),
+        autocast=torch.bfloat16 if gpu and train.param_dtype == "float32" else None,
+        optimizer=train.optimizer,
+        checkpointing=train.gradient_checkpointing,
+        fused=gpu,
+        temperature=1.0 if raw else sampled,
+        extra_temperature=sampled if raw and sampled != 1.0 else None,
+    )
+
+
+def _teacher_config(config: Config, found: Plan) -> Any:
+    from scope_opd.cli.inputs import served_teacher_folder
+
+    teacher = config.teacher
+    path = served_teacher_folder(config) if teacher.served else teacher.path
+    if teacher.served and teacher.path != type(teacher)().path:
+        path = teacher.path
+    if path is None:
+        found.warnings.append("the served teacher's model is not known: set teacher.path, for its servers to be planned")
+        return None
+    return read_config(path, teacher.revision, teacher.trust_remote_code, "teacher.path")
+
+
+def _teacher_dtype(config: Config) -> Any:
+    import torch
+
+    name = config.teacher.dtype
+    return getattr(torch, name if name != "auto" else "float32" if config.train.device == "cpu" else "bfloat16")
+
+
+def _stages(
+    config: Config,
+    machine: Machine,
+    found: Plan,
+    student: Student,
+    layout: Layout,
+    teacher: Any,
+    frozen: dict[str, int],
+    updates: Updates,
+) -> None:
+    from scope_opd.models.memory import scoring_stage
+
+    if not config.rollout.served:
+        found.stages.append(_generation(config, machine, student, layout, frozen, config.rollout.max_tokens))
+    if teacher is not None and not config.teacher.served:
+        longest = config.data.max_prompt_tokens + config.rollout.max_tokens
+        tokens = max(config.teacher.max_tokens_per_batch, longest)
+        found.stages.append(scoring_stage(student, layout, teacher, _teacher_dtype(config), tokens, frozen))
+    found.stages.append(updates.stage(found.microbatch))
+
+
+def _generation(
+    config: Config, machine: Machine, student: Student, layout: Layout, frozen: dict[str, int], max_tokens: int
+) -> Stage:
+    from scope_opd.models.memory import generation_stage, prefill_bytes
+
+    n, length = config.rollout.n, config.data.max_prompt_tokens
+    rows = -(-config.train.prompts_per_step * n // machine.ranks)
+    rows = min(rows, config.rollout.max_rows or rows)
+    prompts = -(-rows // n)
+    return generation_stage(
+        student, layout, rows=rows, prompts=prompts, prompt_tokens=length, max_tokens=max_tokens,
+        reading=prefill_bytes(student, prompts, length), frozen=frozen,
+    )  # fmt: skip
+
+
+def _servers(config: Config, machine: Machine, found: Plan, student: Student, teacher: Any) -> None:
+    from scope_opd.serving.launch import chunk_tokens
+
+    rollouts = config.train.prompts_per_step * config.rollout.n
+    if config.rollout.served:
+        count = len(config.rollout.base_urls)
+        flags = config.serving.student
+        wanted = min(config.rollout.max_concurrency, -(-rollouts // count))
+        server = _server(config, machine, flags, "student", student.config, VLLM_CHUNK, wanted)
+        found.servers["sampler"] = (count, flags.tensor_parallel_size, server)
+        if config.rollout.colocated:
+            _colocated(machine, found, student, server)
+    if teacher is not None and config.teacher.served:
+        urls = {*config.teacher.base_urls} | {url for route in config.teacher.routes.values() for url in route.base_urls}
+        flags = config.serving.teacher
+        wanted = min(config.teacher.max_concurrency, -(-rollouts // len(urls)))
+        chunk = chunk_tokens(found.shapes["teacher"].vocabulary, flags.max_num_seqs)
+        server = _server(config, machine, flags, "teacher", teacher, chunk, wanted)
+        found.servers["teacher"] = (len(urls), flags.tensor_parallel_size, server)
+    for name, (_, _, server) in found.servers.items():
+        if server.sequences < 1:
+            found.failures.append(
+                f"the {name} server has {gb(max(server.room, 0))} for its cache and one sequence needs "
+                f"{gb(server.sequence)}; raise serving's tensor_parallel_size or gpu_memory_utilization"
+            )
+        elif server.sequences < server.wanted:
+            found.warnings.append(
+                f"the {name} server holds {server.sequences} sequences of full length and is asked for up to "
+                f"{server.wanted}: if all grow that long, some wait"
+            )
+        beyond = machine.memory - server.budget - machine.reserve
+        if server.outside > beyond:
+            found.warnings.append(
+                f"prompt log-probs of the {name} server take {gb(server.outside)} that vLLM does not reserve, and "
+                f"{gb(max(beyond, 0))} are left beside its budget: lower gpu_memory_utilization or max_num_batched_tokens"
+            )
+
+
+def _server(
+    config: Config, machine: Machine, flags: ServerFlags, kind: str, model: Any, chunk: int, wanted: int
+) -> Server:
+    import torch
+
+    from scope_opd.models.footprint import shape_of
+    from scope_opd.models.loading import context_length
+    from scope_opd.models.memory import server
+    from scope_opd.serving.launch import context_needed
+
+    context = flags.max_model_len or context_needed(config, "student" if kind == "student" else "teacher")
+    context = min(context, context_length(model) or context)
+    named = flags.dtype if flags.dtype != "auto" else getattr(model, "dtype", None) or "bfloat16"
+    return server(
+        shape_of(model),
+        model,
+        named if isinstance(named, torch.dtype) else getattr(torch, named),
+        budget=int((flags.gpu_memory_utilization or VLLM_UTILISATION) * machine.memory),
+        tensor_parallel=flags.tensor_parallel_size,
+        context=context,
+        chunk=flags.max_num_batched_tokens or chunk,
+        wanted=min(flags.max_num_seqs or wanted, wanted),
+        prompt_logprobs=kind == "teacher",
+    )
+
+
+def _colocated(machine: Machine, found: Plan, student: Student, server: Server) -> None:
+    """While servers on the trainer's GPU are awake, the trainer keeps weights and optimiser states there."""
+    from scope_opd.models.memory import Layout, Stage, resident
+
+    layout = Layout(machine.ranks, machine.sharded and machine.ranks > 1)
+    parts = resident(student, layout, {}) | {"sampler server's budget": server.budget}
+    found.stages.insert(0, Stage("generation", parts, "decoding"))
+
+
+def _largest(
+    config: Config,
+    machine: Machine,
+    found: Plan,
+    student: Student,
+    layout: Layout,
+    frozen: dict[str, int],
+    updates: Updates,
+    limits: dict[str, int | None],
+) -> None:
+    from scope_opd.models.memory import largest
+
+    room = machine.memory - machine.reserve
+    found.largest_microbatch = largest(lambda tokens: updates.stage(tokens).total <= room, CEILING)
+    prompt = config.data.max_prompt_tokens
+    responses = {"the update": found.largest_microbatch - prompt}
+    responses |= {f"the {name}": limit - prompt for name, limit in limits.items() if limit is not None}
+    if not config.rollout.served:
+        ceiling = max(min(responses.values()), 0)
+        shortest = _generation(config, machine, student, layout, frozen, 1).total
+        longer = _generation(config, machine, student, layout, frozen, 1 + ceiling).total
+        if longer > room:
+            slope = max((longer - shortest) / max(ceiling, 1), 1e-9)
+            responses["generation"] = int((room - shortest) // slope) if shortest <= room else 0
+    for name, (_, _, server) in found.servers.items():
+        per_token = server.sequence / (prompt + config.rollout.max_tokens + 1)
+        responses[f"the {name} server's cache"] = int(max(server.room, 0) / per_token) - prompt - 1
+    found.bound, least = min(responses.items(), key=lambda item: item[1])
+    found.largest_response = max(least, 0)
+
+
+def _cost(config: Config, found: Plan, student: Student, taught: bool, response: int) -> None:
+    from scope_opd.models.footprint import forward_flops
+
+    rollouts = config.train.prompts_per_step * config.rollout.n
+    length = config.data.max_prompt_tokens + response
+    found.tokens = {
+        "generated": rollouts * response,
+        "scored": rollouts * response if taught else 0,
+        "trained": rollouts * response,
+        "with prompts": rollouts * length,
+    }
+    passes = config.train.updates_per_batch
+    recorded = rollouts * forward_flops(student.shape, length) if passes > 1 else 0.0
+    once = rollouts * forward_flops(student.shape, length)
+    found.flops = {
+        "generation": once,
+        "scoring": rollouts * forward_flops(found.shapes["teacher"], length) if taught else 0.0,
+        "update": 3 * passes * once + recorded,
+        "recomputation": passes * once if student.checkpointing else 0.0,
+    }
+
+
+def hours(found: Plan, gpus: int, tflops: float, utilisation: float) -> float:
+    """Hours of a step's scoring and update at a share of the GPUs' arithmetic; generation is bound by memory."""
+    work: Sequence[str] = ("scoring", "update", "recomputation")
+    return sum(found.flops[name] for name in work) / (gpus * tflops * 1e12 * utilisation) / 3600
