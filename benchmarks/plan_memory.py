@@ -150,7 +150,11 @@ def child(name: str, kind: str, default_malloc: bool) -> dict[str, Any]:
     if not default_malloc:
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     done = subprocess.run(
-        [sys.executable, __file__, "--child", kind, name], env=environment, stdout=subprocess.PIPE, check=True, text=True
+        [sys.executable, __file__, "--child", kind, name],
+        env=environment,
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
     )
     return json.loads(done.stdout.strip().splitlines()[-1])
 

@@ -5,7 +5,6 @@ Not covered: time, apart from FLOPs; host memory; a run in which the teacher sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -111,6 +110,10 @@ def plan(config: Config, machine: Machine, *, mean_response: int | None = None) 
     if config.objective.reference_kl > 0:
         frozen["reference's weights"] = student.weights
 
+    limits = {"student's context": context_length(student.config)}
+    if teacher is not None:
+        limits["teacher's context"] = context_length(teacher)
+    config = _within(config, found, limits)
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     budget = config.train.max_tokens_per_microbatch
     step_tokens = -(-config.train.prompts_per_step * config.rollout.n * longest // machine.ranks)
@@ -130,15 +133,26 @@ def plan(config: Config, machine: Machine, *, mean_response: int | None = None) 
                 f"{stage.name} needs {gb(stage.total)} of a rank's {gb(room)} ({gb(machine.memory)} less a reserve of "
                 f"{gb(machine.reserve)})"
             )
-    limits = {"student's context": context_length(student.config)}
-    if teacher is not None:
-        limits["teacher's context"] = context_length(teacher)
-    for name, limit in limits.items():
-        if limit is not None and longest > limit:
-            found.failures.append(f"prompt and response have up to {longest} tokens, the {name} {limit}")
     _largest(config, machine, found, student, layout, frozen, updates, limits)
     _cost(config, found, student, teacher is not None, mean_response or config.rollout.max_tokens)
     return found
+
+
+def _within(config: Config, found: Plan, limits: dict[str, int | None]) -> Config:
+    """The config with prompts no longer than the contexts leave room for: a run refuses longer ones."""
+    response, prompt = config.rollout.max_tokens, config.data.max_prompt_tokens
+    for name, limit in limits.items():
+        if limit is None or prompt + response <= limit:
+            continue
+        if response >= limit:
+            found.failures.append(f"rollout.max_tokens = {response} and the {name} has {limit} tokens")
+            continue
+        prompt = limit - response
+        found.warnings.append(
+            f"data.max_prompt_tokens = {config.data.max_prompt_tokens} with responses of {response} is beyond the "
+            f"{name} of {limit}: planned with prompts of {prompt}"
+        )
+    return config.model_copy(update={"data": config.data.model_copy(update={"max_prompt_tokens": prompt})})
 
 
 def gb(size: float) -> str:
@@ -162,7 +176,9 @@ def read_config(path: str, revision: str | None, trust_remote_code: bool, settin
     target = resolve_path(path)
     options: dict[str, Any] = {} if Path(target).is_dir() else {"revision": revision}
     for attempt in (
-        partial(AutoConfig.from_pretrained, target, trust_remote_code=trust_remote_code, local_files_only=True, **options),
+        partial(
+            AutoConfig.from_pretrained, target, trust_remote_code=trust_remote_code, local_files_only=True, **options
+        ),
         partial(published_config, path),
         partial(AutoConfig.from_pretrained, target, trust_remote_code=trust_remote_code, **options),
     ):
@@ -210,7 +226,9 @@ def _teacher_config(config: Config, found: Plan) -> Any:
     if teacher.served and teacher.path != type(teacher)().path:
         path = teacher.path
     if path is None:
-        found.warnings.append("the served teacher's model is not known: set teacher.path, for its servers to be planned")
+        found.warnings.append(
+            "the served teacher's model is not known: set teacher.path, for its servers to be planned"
+        )
         return None
     return read_config(path, teacher.revision, teacher.trust_remote_code, "teacher.path")
 
@@ -271,7 +289,9 @@ def _servers(config: Config, machine: Machine, found: Plan, student: Student, te
         if config.rollout.colocated:
             _colocated(machine, found, student, server)
     if teacher is not None and config.teacher.served:
-        urls = {*config.teacher.base_urls} | {url for route in config.teacher.routes.values() for url in route.base_urls}
+        urls = {*config.teacher.base_urls} | {
+            url for route in config.teacher.routes.values() for url in route.base_urls
+        }
         flags = config.serving.teacher
         wanted = min(config.teacher.max_concurrency, -(-rollouts // len(urls)))
         chunk = chunk_tokens(found.shapes["teacher"].vocabulary, flags.max_num_seqs)
@@ -344,7 +364,7 @@ def _largest(
     from scope_opd.models.memory import largest
 
     room = machine.memory - machine.reserve
-    found.largest_microbatch = largest(lambda tokens: updates.stage(tokens).total <= room, CEILING)
+    found.largest_microbatch = largest(lambda tokens: updates.estimate(tokens).total <= room, CEILING)
     prompt = config.data.max_prompt_tokens
     responses = {"the update": found.largest_microbatch - prompt}
     responses |= {f"the {name}": limit - prompt for name, limit in limits.items() if limit is not None}
@@ -384,7 +404,9 @@ def _cost(config: Config, found: Plan, student: Student, taught: bool, response:
     }
 
 
-def hours(found: Plan, gpus: int, tflops: float, utilisation: float) -> float:
+def hours(found: Plan, ranks: int, tflops: float, utilisation: float) -> dict[str, float]:
     """Hours of a step's scoring and update at a share of the GPUs' arithmetic; generation is bound by memory."""
-    work: Sequence[str] = ("scoring", "update", "recomputation")
-    return sum(found.flops[name] for name in work) / (gpus * tflops * 1e12 * utilisation) / 3600
+    count, each, _ = found.servers.get("teacher", (ranks, 1, None))
+    gpus = {"scoring": count * each, "update": ranks}
+    work = {"scoring": found.flops["scoring"], "update": found.flops["update"] + found.flops["recomputation"]}
+    return {name: work[name] / (gpus[name] * tflops * 1e12 * utilisation) / 3600 for name in work}

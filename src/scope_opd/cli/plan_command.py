@@ -6,6 +6,7 @@ Not covered: speed, apart from FLOPs.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -90,7 +91,7 @@ def plan(
     from scope_opd.cli.plan import Machine
     from scope_opd.cli.plan import plan as find
 
-    machine = Machine(gpus, int(gpu_memory * 1e9), int(reserve * 1e9), sharding == "full" or sharding == "auto")
+    machine = Machine(gpus, int(gpu_memory * 1e9), int(reserve * 1e9), sharding != "none")
     found = find(settings, machine, mean_response=mean_response)
     figures = as_figures(settings, machine, found)
     if tflops is not None:
@@ -161,27 +162,29 @@ def _show(name: str, machine: Machine, found: Plan, figures: dict[str, Any]) -> 
     from scope_opd.cli.plan import gb
     from scope_opd.cli.show import show_table
 
-    models = ", ".join(f"{who} {shape.parameters / 1e9:.3f}B parameters" for who, shape in found.shapes.items())
+    models = ", ".join(f"{who} {_millions(shape.parameters)} parameters" for who, shape in found.shapes.items())
     print(f"{name}: {models}; {_layout(machine)}; {counted(figures['gpus'], 'GPU')} of {gb(machine.memory)} in all")
     if machine.ranks > 1:
         print("planned layout: the arithmetic of sharding is on paper until a run with several ranks has been measured")
+    unit, name_of = (1e9, "GB") if found.largest.total >= 1e9 else (1e6, "MB")
+    cell = partial(_cell, unit=unit)
     parts = list(dict.fromkeys(part for stage in found.stages for part in stage.parts))
-    rows = [[part, *(_cell(stage.parts.get(part)) for stage in found.stages)] for part in parts]
-    rows.append(["reserve", *(_cell(machine.reserve) for _ in found.stages)])
-    rows.append(["total", *(_cell(stage.total + machine.reserve) for stage in found.stages)])
+    rows = [[part, *(cell(stage.parts.get(part)) for stage in found.stages)] for part in parts]
+    rows.append(["reserve", *(cell(machine.reserve) for _ in found.stages)])
+    rows.append(["total", *(cell(stage.total + machine.reserve) for stage in found.stages)])
     rows.append(["at", *(stage.moment for stage in found.stages)])
     print()
-    show_table(["GB a rank", *(stage.name for stage in found.stages)], rows)
+    show_table([f"{name_of} a rank", *(stage.name for stage in found.stages)], rows)
     if found.servers:
-        header = ["GB a server's GPU", *found.servers]
+        header = [f"{name_of} a server's GPU", *found.servers]
         kept = [server for _, _, server in found.servers.values()]
         print()
         show_table(header, [
             ["servers x GPUs", *(f"{count} x {each}" for count, each, _ in found.servers.values())],
-            *([part, *(_cell(server.parts[part]) for server in kept)] for part in kept[0].parts),
-            ["room for the cache", *(_cell(max(server.room, 0)) for server in kept)],
-            ["vLLM's budget", *(_cell(server.budget) for server in kept)],
-            ["prompt log-probs, outside it", *(_cell(server.outside) for server in kept)],
+            *([part, *(cell(server.parts[part]) for server in kept)] for part in kept[0].parts),
+            ["room for the cache", *(cell(max(server.room, 0)) for server in kept)],
+            ["vLLM's budget", *(cell(server.budget) for server in kept)],
+            ["prompt log-probs, outside it", *(cell(server.outside) for server in kept)],
             ["sequences of full length", *(f"{server.sequences} of {server.wanted}" for server in kept)],
         ])  # fmt: skip
     tokens, flops = found.tokens, found.flops
@@ -192,10 +195,11 @@ def _show(name: str, machine: Machine, found: Plan, figures: dict[str, Any]) -> 
     print(f"a step, at most: {tokens['generated']:,} tokens generated{scored}, {tokens['trained']:,} trained")
     print("its PFLOPs: " + ", ".join(f"{name} {size / 1e15:,.1f}" for name, size in flops.items() if size))
     if "hours_a_step" in figures:
-        assumed = figures["hours_assume"]
+        assumed, spent = figures["hours_assume"], figures["hours_a_step"]
         print(
-            f"hours a step for scoring and update at {assumed['utilisation']:.0%} of {assumed['peak_tflops']:g} TFLOP/s "
-            f"on {counted(machine.ranks, 'GPU')}: {figures['hours_a_step']:.2f} (generation is bound by memory: not estimated)"
+            f"hours a step at {assumed['utilisation']:.0%} of {assumed['peak_tflops']:g} TFLOP/s: "
+            + ", ".join(f"{stage} {size:.2f}" for stage, size in spent.items())
+            + " (generation is bound by memory and not estimated)"
         )
     for line in found.warnings:
         print(f"warning: {line}")
@@ -205,5 +209,9 @@ def _show(name: str, machine: Machine, found: Plan, figures: dict[str, Any]) -> 
         print(f"fits: {gb(figures['rank_total'])} of {gb(machine.memory)} a rank, the most in {found.largest.name}")
 
 
-def _cell(size: int | None) -> str:
-    return "" if not size else f"{size / 1e9:.2f}" if size >= 5e6 else "0.00"
+def _cell(size: int | None, unit: float) -> str:
+    return "" if not size else f"{size / unit:.2f}"
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e9:.3f}B" if parameters >= 1e9 else f"{parameters / 1e6:.3g}M"

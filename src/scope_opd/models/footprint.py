@@ -384,9 +384,7 @@ class Watch(TorchDispatchMode):
                 self._label(child, _part_of(name))
             self._label(layer, "residual stream")
         self._label(model.base_model, "embedding")
-        self._handles.append(
-            model.get_input_embeddings().register_forward_hook(self._watch_backward("embedding"))
-        )
+        self._handles.append(model.get_input_embeddings().register_forward_hook(self._watch_backward("embedding")))
 
     def _label(self, module: nn.Module, part: str) -> None:
         def enter(*_: Any) -> None:

@@ -112,8 +112,10 @@ def resident(student: Student, layout: Layout, frozen: Parts) -> Parts:
 
 
 class Updates:
-    """The update's memory by the tokens of a micro-batch. Beyond a few chunks of log-probs every part is affine in
-    them, so that two traces serve all sizes; smaller ones are traced themselves.
+    """The update's memory by the tokens of a micro-batch.
+
+    Every part is affine in them, once with log-probs of one chunk and once with those of several, so that two traces of
+    each kind serve all sizes.
 
     Args:
         student, layout: what is trained, and where.
@@ -126,23 +128,30 @@ class Updates:
     ) -> None:
         self.student, self.layout, self.reference = student, layout, reference
         self.fixed = resident(student, layout, frozen or {}) | {"gradients": layout.share(student.weights)}
-        chunk = max(CHUNK_LOGITS // student.shape.vocabulary, 1)
-        self._places = (2 * chunk + 128, 3 * chunk + 128)
+        self._chunk = max(CHUNK_LOGITS // student.shape.vocabulary, 4)
         self._known: dict[int, Moments] = {}
 
     def stage(self, tokens: int) -> Stage:
-        """The update with micro-batches of one row of ``tokens``, all but the first of them in the loss."""
-        low, high = self._places
-        if tokens <= high:
-            moments = self._trace(tokens)
-        else:
-            first, second = self._trace(low), self._trace(high)
-            moments = {
-                name: Counter(
-                    {part: round(line(first[name][part], second[name][part], low, high, tokens)) for part in second[name]}
-                )
-                for name in second
-            }
+        """With micro-batches of one row of ``tokens``, all but the first of them in the loss; short ones are traced."""
+        return self._stage(self._trace(tokens)) if tokens <= 2 * self._chunk + 128 else self.estimate(tokens)
+
+    def estimate(self, tokens: int) -> Stage:
+        """The same from the two straight lines alone."""
+        chunk = self._chunk
+        low, high = (chunk // 2, chunk) if tokens <= chunk else (chunk + 128, 2 * chunk + 128)
+        first, second = self._trace(low), self._trace(high)
+        moments: Moments = {}
+        for name, parts in second.items():
+            at_low = first.get(name, parts)
+            moments[name] = Counter(
+                {
+                    part: max(round(line(at_low.get(part, 0), size, low, high, tokens)), 0)
+                    for part, size in parts.items()
+                }
+            )
+        return self._stage(moments)
+
+    def _stage(self, moments: Moments) -> Stage:
         moments = {**moments, "optimiser": _optimiser_moment(self.student, self.layout)}
         moment, parts = peak(_as_sharded(self.student, self.layout, moments))
         return Stage("update", self.fixed | {name: size for name, size in parts.items() if size}, moment)
@@ -208,9 +217,7 @@ def generation_stage(
         "key-value cache": (prompts + rows) * prompt_tokens * cache,
         "reading the prompts": reading,
     }
-    moment, parts = max(
-        (("decoding", decoding), ("prefill", prefill)), key=lambda found: sum(found[1].values())
-    )
+    moment, parts = max((("decoding", decoding), ("prefill", prefill)), key=lambda found: sum(found[1].values()))
     if student.autocast is not None:
         parts["cast weights"] = shape.matrix_parameters * compute.itemsize
     if layout.sharded and layout.world > 1:
@@ -308,9 +315,7 @@ def cache_bytes(shape: Shape, dtype: torch.dtype) -> int:
 
 
 def _scoring(student: Student, tokens: int, rows: int = 1, head: bool = True) -> Moments:
-    return scoring_moments(
-        student.config, tokens, rows=rows, dtype=student.dtype, autocast=student.autocast, head=head
-    )
+    return scoring_moments(student.config, tokens, rows=rows, dtype=student.dtype, autocast=student.autocast, head=head)
 
 
 def _optimiser_moment(student: Student, layout: Layout) -> Counter[str]:
