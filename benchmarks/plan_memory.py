@@ -4,10 +4,11 @@
     python benchmarks/plan_memory.py --only 512      # the cases whose name has it
 
 Each case runs in a process of its own: a random model and its ``Learner`` are made, a smaller model is updated once
-(libraries load their code), resident memory is read, then an update of a few tokens (which makes the optimiser's states)
+(libraries load their code), resident memory is read, then an update of a few tokens (it makes the optimiser's states)
 and the update in question, of two micro-batches, run while a thread reads resident memory every 2 ms. Measured is the
-largest growth; planned is ``models.memory.Updates`` without the weights, which were there before. MALLOC_MMAP_THRESHOLD_ is set, so that
-glibc gives freed tensors back at once instead of keeping them as fragments; ``--default-malloc`` leaves it alone.
+largest growth; planned is ``models.memory.Updates`` without the weights, which were there before.
+MALLOC_MMAP_THRESHOLD_ is set, so that glibc gives freed tensors back at once instead of keeping them as fragments;
+``--default-malloc`` leaves it alone.
 
 Prints one JSON line last: planned / measured for each case, and the largest distance from 1 (goal: 0.15).
 """
@@ -34,6 +35,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "qwen3-256-checkpointed": ("Qwen3", 256, 768, 8, 4, 2, 151_936, True, 1024, True, "float32"),
     "llama-512": ("Llama", 512, 1536, 6, 8, 4, 64_000, False, 1024, False, "float32"),
     "llama-512-checkpointed": ("Llama", 512, 1536, 6, 8, 4, 128_256, False, 1024, True, "float32"),
+    "llama-768-layers": ("Llama", 768, 3072, 10, 12, 12, 1000, False, 2048, False, "float32"),
     "qwen3-1024": ("Qwen3", 1024, 3072, 4, 8, 4, 151_936, True, 1024, False, "float32"),
     "qwen3-1024-bfloat16": ("Qwen3", 1024, 3072, 4, 8, 4, 151_936, True, 1024, False, "bfloat16"),
 }

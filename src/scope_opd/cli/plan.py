@@ -174,13 +174,13 @@ def read_config(path: str, revision: str | None, trust_remote_code: bool, settin
     from scope_opd.models.shapes import published_config
 
     target = resolve_path(path)
-    options: dict[str, Any] = {} if Path(target).is_dir() else {"revision": revision}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if not Path(target).is_dir():
+        options["revision"] = revision
     for attempt in (
-        partial(
-            AutoConfig.from_pretrained, target, trust_remote_code=trust_remote_code, local_files_only=True, **options
-        ),
+        partial(AutoConfig.from_pretrained, target, local_files_only=True, **options),
         partial(published_config, path),
-        partial(AutoConfig.from_pretrained, target, trust_remote_code=trust_remote_code, **options),
+        partial(AutoConfig.from_pretrained, target, **options),
     ):
         try:
             config = attempt()
@@ -189,7 +189,7 @@ def read_config(path: str, revision: str | None, trust_remote_code: bool, settin
         if config is not None:
             return config
     raise ConfigError(
-        f"{setting} = {path!r}: no config.json can be read", "a folder with config.json (no weights are needed), or the hub",
+        f"{setting} = {path!r}: no config.json can be read", "a folder with config.json, or the hub",
         f"fetch that one file (hf download {path} config.json --local-dir DIR) and add --set {setting}=DIR",
     )  # fmt: skip
 
@@ -226,9 +226,7 @@ def _teacher_config(config: Config, found: Plan) -> Any:
     if teacher.served and teacher.path != type(teacher)().path:
         path = teacher.path
     if path is None:
-        found.warnings.append(
-            "the served teacher's model is not known: set teacher.path, for its servers to be planned"
-        )
+        found.warnings.append("the served teacher's model is not known: set teacher.path to plan its servers")
         return None
     return read_config(path, teacher.revision, teacher.trust_remote_code, "teacher.path")
 
@@ -312,7 +310,7 @@ def _servers(config: Config, machine: Machine, found: Plan, student: Student, te
         if server.outside > beyond:
             found.warnings.append(
                 f"prompt log-probs of the {name} server take {gb(server.outside)} that vLLM does not reserve, and "
-                f"{gb(max(beyond, 0))} are left beside its budget: lower gpu_memory_utilization or max_num_batched_tokens"
+                f"{gb(max(beyond, 0))} are left beside its budget: lower its utilisation or max_num_batched_tokens"
             )
 
 

@@ -330,9 +330,17 @@ class Watch(TorchDispatchMode):
         self._sizes = _Sizes()
         self._stack: list[str] = []
         self._weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        self._parameters = list(model.parameters())
+        self._gradients: set[int] = set()
         self._handles: list[Any] = []
         self._peaks: dict[str, int] = {}
         self._hook(model)
+
+    def __enter__(self) -> Watch:
+        # Gradients are added to in place: what is there already is not made by the pass.
+        self._gradients = {p.grad.untyped_storage()._cdata for p in self._parameters if p.grad is not None}
+        super().__enter__()
+        return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -361,7 +369,7 @@ class Watch(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage._cdata
         size = storage.nbytes()
-        if key in self._weights or key in self._live or not size:
+        if key in self._weights or key in self._gradients or key in self._live or not size:
             return
         self._live[key] = _Live(size, part)
         self._sizes.now[part] += size
