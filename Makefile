@@ -8,11 +8,11 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: help install demo test test-serving check lint types imports kill-test bench wheel clean
+.PHONY: help install demo test vllm test-serving check lint types imports kill-test bench wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,8 @@ demo: $(VENV)/.base  ## Train SCOPE and its rivals on the embedded task, then wr
 test: $(VENV)/.test  ## Run the test suite.
 	$(PYTEST) -n 2 --dist worksteal
 
+vllm: $(VLLM_VENV)/.vllm  ## Make .venv-vllm, vLLM for a CPU (3.4 GB).
+
 $(VLLM_VENV)/.vllm:
 	$(PYTHON) -m venv $(VLLM_VENV)
 	@# vLLM pins other versions of transformers than we use: an environment of its own, 3.4 GB.
@@ -43,7 +45,7 @@ $(VLLM_VENV)/.vllm:
 	@touch $@
 
 test-serving: $(VENV)/.test $(VLLM_VENV)/.vllm  ## Run the tests against real vLLM servers (makes .venv-vllm; minutes).
-	SCOPE_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) $(PYTEST) -s tests/serving
+	SCOPE_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) $(PYTEST) -s --durations=10 tests/serving
 
 check: lint types imports test  ## Everything that CI runs.
 

@@ -221,6 +221,8 @@ class FaultServer:
             return False
         if fault == "late":
             await asyncio.sleep(0.05)
+        if request.get("stream"):
+            return await self._stream(request, fault, writer)
         content = json.dumps(self._completion(request, fault)).encode()
         content = _broken_bytes(content, fault)
         if fault in ("reset_mid_body", "closed_mid_body", "slow"):
@@ -237,6 +239,9 @@ class FaultServer:
         writer.write(_head(200, len(content)) + content)
         await writer.drain()
         return True
+
+    async def _stream(self, request: dict[str, Any], fault: str | None, writer: asyncio.StreamWriter) -> bool:
+        raise NotImplementedError("this server streams nothing")
 
     async def _error(
         self, writer: asyncio.StreamWriter, status: int, message: str, headers: dict[str, str] | None = None

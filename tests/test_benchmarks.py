@@ -37,8 +37,12 @@ def refuse(name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "script", ["code_verifier.py", "pipeline.py", "sampler.py", "teacher_pool.py", "trl_grpo_step.py", "verifier.py"]
-)
+    "script",
+    [
+        "code_verifier.py", "pipeline.py", "sampler.py", "step_overlap.py", "teacher_pool.py", "trl_grpo_step.py",
+        "verifier.py",
+    ],
+)  # fmt: skip
 def test_a_benchmark_names_its_options(script: str) -> None:
     done = run(script, "--help")
     assert done.returncode == 0, done.stderr
@@ -85,3 +89,17 @@ def test_the_teacher_pool_gives_no_wrong_number_and_leaves_nothing() -> None:
     report = json.loads(done.stdout, parse_constant=refuse)
     assert (report["scorings"], report["wrong"], report["tasks_left"], report["threads_left"]) == (120, 0, 0, 0)
     assert report["faults_injected"] >= 20
+
+
+def test_streamed_steps_send_the_tokens_of_wrong_rollouts_alone_and_train_on_all(tmp_path: Path) -> None:
+    small = {"prompts": 4, "steps": 2, "seeds": 1, "wrong": 0.6, "scale": 0.002, "keep": tmp_path}
+    done = run("step_overlap.py", *(word for key, value in small.items() for word in (f"--{key}", str(value))))
+    assert done.returncode in (0, 1), done.stderr  # 1: so short a step may miss the goal
+    report = json.loads(done.stdout, parse_constant=refuse)
+    (entry,) = report["shares"]
+    assert report["teacher_tokens_exact"]
+    assert entry["scope"]["teacher_tokens"] == entry["wrong_tokens"] < entry["tokens"]
+    assert entry["release"]["teacher_tokens"] == entry["tokens"]
+    assert entry["grpo"]["teacher_tokens"] == 0
+    assert entry["scope"]["exposed_s"] < entry["release"]["exposed_s"]
+    assert {path.name for path in tmp_path.iterdir()} == {"grpo-60-s0", "scope-60-s0", "release-60-s0"}

@@ -16,11 +16,14 @@ from fault_server import MODEL, FaultServer, Table
 from scope_opd.cli.ends import judge_ends, own_end, served_ends
 from scope_opd.cli.engines import build_engines
 from scope_opd.cli.inputs import teacher_tokenizer
+from scope_opd.cli.main import main
 from scope_opd.config import Config, load_config, validate_config
 from scope_opd.credit import assign_credit, judged_tokens, student_nll, teacher_nll
 from scope_opd.errors import DataError, ModelError
 from scope_opd.objective.methods import build_method
 from scope_opd.records import rollout_from_dict, rollout_to_dict
+from scope_opd.report.load import _perplexity
+from scope_opd.report.viewer import _advantages
 from scope_opd.teacher.ends import EndTokens
 from scope_opd.teacher.local import LocalTeacher
 from scope_opd.train.batch import make_batch
@@ -181,6 +184,20 @@ class TestWhatIsLeftOut:
         for bad in ([1, 1], [1, 1, 2], "110"):
             with pytest.raises(DataError, match="teacher_mask"):
                 rollout_from_dict({**row, "teacher_mask": bad}, where="x")
+
+    def test_scope_weights_and_the_report_leave_the_token_out(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        one = rollout([4, 8, OTHER], teacher_logprobs=[-1.0, -3.0, -8.0], teacher_mask=[1, 1, 0], correct=False)
+        file = tmp_path / "rollouts.jsonl"
+        file.write_text(json.dumps(rollout_to_dict(one)) + "\n")
+        assert main(["weights", str(file)]) == 0
+        assert json.loads(capsys.readouterr().out)["ppl"] == pytest.approx(math.e**2)
+        assert _perplexity([-1.0, -3.0, -8.0], None, [1, 1, 0]) == pytest.approx(math.e**2)
+        assert _perplexity([-1.0, -3.0, -8.0], [0, 1, 1], [1, 1, 0]) == pytest.approx(math.e**3)
+        assert _perplexity([-1.0, -3.0, -8.0], None, [1, 0]) is None
+        # log pi_T - log pi_S is 0 and -2 where the teacher judges, and left out behind.
+        assert _advantages({**rollout_to_dict(one), "reinforce": 0.5, "distill": 2.0}) == [0.5, -3.5, 0.5]
 
 
 class TestWhichTokensTheyAre:

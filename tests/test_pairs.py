@@ -80,12 +80,12 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
         "gemma2", "random-neox",
         ["objective.method=scope", "objective.distill=full_kl", "objective.reference_kl=0.05", "objective.tau=0.5",
          "objective.student_weight=uniform", "objective.teacher_weight=ppl", "train.gradient_checkpointing=true",
-         "train.max_tokens_per_microbatch=128"],
+         "train.max_tokens_per_microbatch=128", "objective.end_token=exclude"],
     ),
     "opd at two temperatures": (
         "llama", "random-neox",
         ["objective.method=opd", "objective.temperature=raw", "objective.sampler_correction_cap=1.5",
-         "objective.aggregation=token", "train.schedule=constant"],
+         "objective.aggregation=token", "train.schedule=constant", "objective.end_token=map"],
     ),
     "grpo, updates clipped": (
         "neox", "gemma2",
@@ -96,7 +96,7 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "reward and distillation": (
         "llama", "gemma2",
         ["objective.method=reward_opd", "objective.beta=0.3", "objective.temperature=released",
-         "objective.distill=sampled", "objective.aggregation=released"],
+         "objective.distill=sampled", "objective.aggregation=released", "objective.end_token=score"],
     ),
     "positive": ("llama", "gemma2", ["objective.method=positive", "objective.truncated=incorrect",
                                        "objective.clip=off", "objective.dual_clip=off", "train.grad_clip=off"]),

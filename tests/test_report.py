@@ -23,9 +23,10 @@ from scope_opd.report import build_report
 from scope_opd.report.groups import group_runs
 from scope_opd.report.load import load_run
 from scope_opd.report.plots import STAGES, stage_means, thinned
-from scope_opd.report.spans import CLAIMS, claimed, length, union, without
+from scope_opd.report.spans import CLAIMS, claimed
 from scope_opd.report.timeline import Axis, choices, lanes_of
 from scope_opd.report.viewer import viewer_data
+from scope_opd.spans import length, union, without
 
 SMALL = {"steps": 4, "problems": 40, "n": 8}
 

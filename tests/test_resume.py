@@ -30,7 +30,7 @@ TABLES: dict[str, Any] = {
     "eval": {"every": 2, "at_start": True, "at_end": True},
 }
 # Every place of a step where a run can be cut: a phase begins (the first and the third step, and a save).
-CUTS = [(phase, step) for phase in PHASES[:4] for step in (0, 3)] + [("evaluation", 2), ("saving", 2), ("saving", 5)]
+CUTS = [(phase, step) for phase in PHASES[1:5] for step in (0, 3)] + [("evaluation", 2), ("saving", 2), ("saving", 5)]
 
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:

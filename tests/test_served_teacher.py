@@ -74,6 +74,8 @@ def nearly(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
     assert len(found) == len(expected)
     for one, other in zip(lasting(found), expected, strict=True):
         for key, value in other.items():
+            if key == "padding/share":  # of micro-batches that depend on which groups were complete first
+                continue
             same = one[key] == value if value is None else one[key] == pytest.approx(value, rel=1e-3, abs=1e-4)
             assert same, (key, one[key], value)
     return True
@@ -287,16 +289,19 @@ def test_no_secret_is_in_anything_that_a_run_leaves(
     assert "TEACHER_KEY" in (tmp_path / "run" / "config.toml").read_text()
 
 
-def test_the_doctor_knows_a_served_teacher(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = [
-        f"model.path={pair / 'student'}", f"data.train={pair / 'rows.jsonl'}", "rollout.max_tokens=6",
-        "rollout.temperature=1.0", "train.prompts_per_step=2", f"run.dir={tmp_path / 'run'}",
-        *served("http://127.0.0.1:9/v1"),
-    ]  # fmt: skip
-    command = ["doctor", *(word for option in options for word in ("--set", option))]
-    assert main(command) == 0
-    told = capsys.readouterr().out
-    assert "behind servers" in told
-    assert "teacher.tokenizer" in told
-    assert main([*command, "--set", f"teacher.tokenizer={pair / 'teacher'}", "--set", "rollout.temperature=0.5"]) == 1
-    assert "served_temperature" in capsys.readouterr().out
+def test_the_doctor_knows_a_served_teacher(
+    pair: Path, table: Table, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FaultServer(table) as server:
+        options = [
+            f"model.path={pair / 'student'}", f"data.train={pair / 'rows.jsonl'}", "rollout.max_tokens=6",
+            "rollout.temperature=1.0", "train.prompts_per_step=2", f"run.dir={tmp_path / 'run'}", *served(server.url),
+        ]  # fmt: skip
+        command = ["doctor", *(word for option in options for word in ("--set", option))]
+        assert main(command) == 0
+        told = capsys.readouterr().out
+        assert "behind servers" in told
+        assert "teacher.tokenizer" in told
+        command += ["--set", f"teacher.tokenizer={pair / 'teacher'}", "--set", "rollout.temperature=0.5"]
+        assert main(command) == 1
+        assert "served_temperature" in capsys.readouterr().out

@@ -13,10 +13,16 @@ from pathlib import Path
 
 import httpx
 
+from scope_opd.serving.launch import EXTENSION, INSIDE
+
 PYTHON = os.environ.get("SCOPE_VLLM_PYTHON", "")
 MODEL = "tiny"
 KEY = "sk-of-the-test-servers-123"
 READY_S = 400.0
+STUDENT = (
+    "--logprobs-mode", "processed_logprobs", "--worker-extension-cls", EXTENSION,
+    "--weight-transfer-config", '{"backend": "scope"}', "--no-enable-chunked-prefill",
+)  # fmt: skip
 
 
 def free_port() -> int:
@@ -32,9 +38,10 @@ class VllmServer:
         folder: the model.
         port: None takes a free one.
         more: further command line options.
+        student: with what new weights need, as ``scope serve student`` starts it.
     """
 
-    def __init__(self, folder: Path, *more: str, port: int | None = None) -> None:
+    def __init__(self, folder: Path, *more: str, port: int | None = None, student: bool = False) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}/v1"
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115 - lives as long as the server
@@ -43,6 +50,9 @@ class VllmServer:
             "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_API_KEY": KEY,
         }  # fmt: skip
         environment.pop("PYTHONPATH", None)
+        if student:
+            environment |= {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(INSIDE)}
+            more = (*more, *STUDENT)
         self._process = subprocess.Popen(
             [
                 PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--host", "127.0.0.1",

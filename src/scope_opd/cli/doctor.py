@@ -21,6 +21,7 @@ from scope_opd.words import counted
 
 if TYPE_CHECKING:
     from scope_opd.cli.checks import Finding, Level
+    from scope_opd.cli.doctor_servers import Seen
     from scope_opd.config import Config
     from scope_opd.types import Prompt
 
@@ -83,18 +84,20 @@ def doctor(
 def diagnose(config: Config, name: str) -> Iterator[Finding]:
     """All findings, in the order in which a run would meet them. A FAIL hides only what cannot be told without it."""
     from scope_opd.cli.checks import Finding
+    from scope_opd.cli.doctor_servers import Seen, visit_servers
 
     yield from environment(config)
     yield Finding("config", "ok", name)
-    longest = [config.data.max_prompt_tokens + config.rollout.max_tokens]
+    seen = Seen(config.data.max_prompt_tokens + config.rollout.max_tokens)
     try:
-        yield from settings_and_data(config, longest)
+        yield from settings_and_data(config, seen)
     except ScopeError as error:
         yield _failure("data", error)
     try:
-        yield from pair(config, longest[-1])
+        yield from pair(config, seen)
     except ScopeError as error:
         yield _failure("models", error)
+    yield from visit_servers(config, seen)
 
 
 def environment(config: Config) -> Iterator[Finding]:
@@ -130,8 +133,8 @@ def environment(config: Config) -> Iterator[Finding]:
         yield Finding("run folder", "ok", f"{folder} is free")
 
 
-def settings_and_data(config: Config, longest: list[int]) -> Iterator[Finding]:
-    """Method, data, prompts and their lengths; the tokens of the longest prompt and response go into ``longest``."""
+def settings_and_data(config: Config, seen: Seen) -> Iterator[Finding]:
+    """Method, data, prompts and their lengths; what later checks need goes into ``seen``."""
     from scope_opd.cli import checks, inputs
     from scope_opd.cli.checks import Finding
     from scope_opd.cli.early import eval_source
@@ -161,7 +164,7 @@ def settings_and_data(config: Config, longest: list[int]) -> Iterator[Finding]:
     yield from (Finding("data.train", "warn", line) for line in warnings)
     lengths = sorted(len(prompt.token_ids) for prompt in prompts)
     needed = lengths[-1] + config.rollout.max_tokens
-    longest.append(needed)
+    seen.tokens, seen.rows, seen.prompts = needed, list(rows), list(prompts)
     shown = ", ".join(f"{name} {length or 'unlimited'}" for name, length in limits.items())
     span = f"prompts of {lengths[0]} to {lengths[-1]} tokens, with max_tokens up to {needed}"
     yield Finding("lengths", "ok", f"{span}; contexts: {shown}")
@@ -173,6 +176,7 @@ def settings_and_data(config: Config, longest: list[int]) -> Iterator[Finding]:
         eval_rows, warnings = eval_data.rows[: config.eval.problems], eval_data.warnings
         limit, max_tokens = {"student": limits["student"]}, inputs.eval_max_tokens(config)
         eval_prompts = inputs.render(config, eval_rows, tokenizer, limit, max_tokens=max_tokens, warnings=warnings)
+        seen.eval_tokens = max(len(prompt.token_ids) for prompt in eval_prompts) + max_tokens
         yield from (Finding("data.eval", "warn", line) for line in warnings)
         yield checks.overlap(prompts, eval_prompts)
         judged += eval_prompts
@@ -195,43 +199,50 @@ def verifier(config: Config, prompts: Sequence[Prompt]) -> Finding:
     return Finding("verifier", "ok", f"{config.data.verifier}; {code} of {len(prompts)} answers are code")
 
 
-def pair(config: Config, tokens: int) -> Iterator[Finding]:
-    """Student and teacher: folders, tokenizers, end tokens, memory for sequences of ``tokens``."""
+def pair(config: Config, seen: Seen) -> Iterator[Finding]:
+    """Student and teacher: folders, tokenizers, end tokens, chat templates, memory for the longest sequences."""
     from scope_opd.cli import checks, engines, inputs, servers
     from scope_opd.cli.checks import Finding, free_memory, gigabytes
     from scope_opd.cli.ends import judge_ends, served_ends
+    from scope_opd.cli.templates import compare_prompts
     from scope_opd.models.loading import end_token_ids, resolve_device
 
     method = inputs.build_configured_method(config)
     with_teacher = inputs.needs_teacher(config, method)
     device = resolve_device(config.train.device)
-    student, note = _described(config.model, lambda: engines.load_student(config, device))
+    student, loaded = _described(config.model, lambda: engines.load_student(config, device))
+    seen.student, note = (student if loaded else None), _note(loaded)
     parameters = sum(parameter.numel() for parameter in student.parameters())
     yield Finding("student", "ok", f"{config.model.path}: {_shape(student)}, {note}")
     yield checks.learning_rate(config, parameters)
     tokenizer = inputs.student_tokenizer(config)
-    ends = end_token_ids(student, tokenizer, config.chat.stop_token_ids)
+    ends = seen.ends = end_token_ids(student, tokenizer, config.chat.stop_token_ids)
     shapes: dict[str, tuple[int, Any]] = {"student": (parameters, student.config.get_text_config())}
     if with_teacher and config.teacher.served:
         urls = [*config.teacher.base_urls]
         urls += [url for route in config.teacher.routes.values() for url in route.base_urls]
-        yield Finding("teacher", "ok", f"behind servers, which are not asked here: {', '.join(urls)}")
+        yield Finding("teacher", "ok", f"behind servers: {', '.join(urls)}")
         if method.needs_teacher(True) or method.needs_teacher(False):
             servers.check_temperature(config, engines.teacher_temperature(config))
         served = inputs.teacher_tokenizer(config)
         yield checks.unknown_tokenizer() if served is None else checks.compare_tokenizers(tokenizer, served)
         yield judge_ends(config, ends, served_ends(config, served), tokenizer, served)[0]
+        if served is not None and seen.rows:
+            yield compare_prompts(config, seen.rows, tokenizer, served)
     elif with_teacher:
-        teacher, note = _described(config.teacher, lambda: engines.load_teacher(config, device))
-        yield Finding("teacher", "ok", f"{config.teacher.path}: {_shape(teacher)}, {note}")
+        teacher, loaded = _described(config.teacher, lambda: engines.load_teacher(config, device))
+        seen.teacher = teacher if loaded else None
+        yield Finding("teacher", "ok", f"{config.teacher.path}: {_shape(teacher)}, {_note(loaded)}")
         theirs = inputs.teacher_tokenizer(config)
         assert theirs is not None
         yield checks.compare_tokenizers(tokenizer, theirs)
         yield judge_ends(config, ends, end_token_ids(teacher, theirs), tokenizer, theirs)[0]
+        if seen.rows:
+            yield compare_prompts(config, seen.rows, tokenizer, theirs)
         shapes["teacher"] = (sum(p.numel() for p in teacher.parameters()), teacher.config.get_text_config())
     else:
         yield judge_ends(config, ends, ends, tokenizer, tokenizer)[0]
-    size, parts = checks.estimated_memory(config, shapes, tokens, gpu=device.type == "cuda")
+    size, parts = checks.estimated_memory(config, shapes, seen.tokens, gpu=device.type == "cuda")
     available = free_memory() if device.type == "cpu" else _gpu_memory(device)
     level: Level = "warn" if available is not None and size > 0.8 * available else "ok"
     there = f" of {gigabytes(available)} free" if available is not None else ""
@@ -241,24 +252,33 @@ def pair(config: Config, tokens: int) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _described(table: Any, load: Any) -> tuple[Any, str]:
-    """A model loaded, or, where its weights are large, built on the meta device from its config."""
+def _described(table: Any, load: Any) -> tuple[Any, bool]:
+    """A model and whether it is loaded; where its weights are large it is built on the meta device from its config."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from scope_opd.cli.inputs import model_config
-    from scope_opd.models.places import resolve_path
 
-    folder = Path(resolve_path(table.path))
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else LOAD_LIMIT + 1
-    if size <= LOAD_LIMIT:
-        return load(), "weights loaded"
+    if is_small(table.path):
+        return load(), True
     config = model_config(table.path, table.revision, table.trust_remote_code)
     if config is None:
-        return load(), "weights loaded"
+        return load(), True
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=table.trust_remote_code)
-    return model, "described by its config, weights not read"
+    return model, False
+
+
+def is_small(path: str) -> bool:
+    """Whether a model is in a folder, with so few bytes of weights that loading it is no burden."""
+    from scope_opd.models.places import resolve_path
+
+    folder = Path(resolve_path(path))
+    return folder.is_dir() and sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= LOAD_LIMIT
+
+
+def _note(loaded: bool) -> str:
+    return "weights loaded" if loaded else "described by its config, weights not read"
 
 
 def _shape(model: Any) -> str:

@@ -1,8 +1,8 @@
 """Which tokens end a response for student and teacher, and what ``objective.end_token`` makes of a difference.
 
 The teacher's own end token, which takes the place of the student's under ``map``, is the first of these that it has:
-the one with which its chat template closes a turn of the assistant; its tokenizer's end token; the first of its
-generation config. Not covered: what the student learns to end with (its own end tokens, unless the teacher samples).
+the one with which its chat template closes a turn of the assistant; its tokenizer's end token; the one of the lowest
+id. Not covered: what the student learns to end with (its own end tokens, unless the teacher samples).
 """
 
 from __future__ import annotations

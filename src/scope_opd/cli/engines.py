@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from scope_opd.cli import checks, servers
+from scope_opd.cli import checks, samplers, servers
 from scope_opd.cli.early import eval_source
 from scope_opd.cli.ends import judge_ends, served_ends
 from scope_opd.cli.inputs import (
@@ -30,6 +30,8 @@ from scope_opd.cli.inputs import (
     student_tokenizer,
     teacher_tokenizer,
 )
+from scope_opd.cli.pipelines import build_pipeline, steps_ahead
+from scope_opd.cli.templates import compare_prompts
 from scope_opd.config import Config
 from scope_opd.credit import assign_credit
 from scope_opd.data.prompts import PromptSchedule
@@ -38,8 +40,8 @@ from scope_opd.evaluate.run import evaluate, evaluation_seed
 from scope_opd.models.head import HeadView, response_logprobs
 from scope_opd.models.loading import end_token_ids, load_model, resolve_device
 from scope_opd.objective.methods import Method
-from scope_opd.pipeline import Pipeline
 from scope_opd.rollout.local import LocalSampler
+from scope_opd.rollout.samplers import Samplers
 from scope_opd.teacher.local import LocalTeacher
 from scope_opd.train.engines import Engines, SurrogateSettings, TokenFunction
 from scope_opd.types import Prompt, Sampler, SamplingParams, Teacher, Verifier
@@ -60,6 +62,7 @@ class Built:
         teacher: what scores, None where nothing does.
         data: which data sets were read, "train" and perhaps "eval", as ``DataSet.about`` says it.
         warnings: lines worth showing before the run.
+        sampling_servers: the client of servers that sample, where there are any.
     """
 
     engines: Engines
@@ -70,10 +73,11 @@ class Built:
     teacher: Teacher | None = None
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    sampling_servers: Samplers | None = None
 
     def close(self) -> None:
         """End the verifier's processes and the connections to servers, where there are any."""
-        for part in (self.verifier, self.teacher):
+        for part in (self.engines.publisher, self.sampling_servers, self.verifier, self.teacher):
             if close := getattr(part, "close", None):
                 close()
 
@@ -98,6 +102,7 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     device = resolve_device(config.train.device)
+    steps_ahead(config)
     method = build_configured_method(config)
     with_teacher = needs_teacher(config, method)
     held_out = eval_source(config)
@@ -107,6 +112,13 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
     warnings = [*data.warnings, *(held_out_data.warnings if held_out_data else [])]
     tokenizer = student_tokenizer(config)
     limits = contexts(config, with_teacher and not config.teacher.served)
+    samplers.check_sampled_by(config, method)
+    sampled = samplers.open_samplers(config, tokenizer) if config.rollout.served else None
+    if sampled is not None:
+        undo.callback(sampled.close)
+        warnings += sampled.open()
+        samplers.check_answers(config, sampled)
+        limits[samplers.LIMIT_NAME] = sampled.context
     served = None
     if with_teacher and config.teacher.served:
         if method.needs_teacher(True) or method.needs_teacher(False):
@@ -118,7 +130,7 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
     train_prompts = render(
         config, data.rows, tokenizer, limits, max_tokens=config.rollout.max_tokens, warnings=warnings
     )
-    limit = {"student": limits["student"]}
+    limit = {name: limits[name] for name in ("student", samplers.LIMIT_NAME) if name in limits}
     eval_prompts = render(config, eval_rows, tokenizer, limit, max_tokens=eval_max_tokens(config), warnings=warnings)
     schedule = PromptSchedule(
         train_prompts, config.train.prompts_per_step, seed=config.run.seed, shuffle=config.data.shuffle
@@ -132,7 +144,10 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
         servers.check_routes(config, train_prompts)
     theirs = teacher_tokenizer(config) if with_teacher else None
     if theirs is not None:
-        findings.append(checks.compare_tokenizers(tokenizer, theirs))
+        findings += [
+            checks.compare_tokenizers(tokenizer, theirs),
+            compare_prompts(config, data.rows, tokenizer, theirs),
+        ]
     elif with_teacher:
         findings.append(checks.unknown_tokenizer())
     warnings += checks.enforce(findings)
@@ -154,7 +169,14 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
         stop_token_ids=ends,
         seed=config.run.seed,
     )
-    sampler: Sampler = LocalSampler(student, tokenizer, max_rows=config.rollout.max_rows, autocast=autocast)
+    sampler: Sampler
+    publisher = None
+    if sampled is not None:
+        sampler = samplers.served_sampler(sampled, tokenizer, _head_rows(student))
+        publisher = samplers.publisher(config, sampled, student, tokenizer, autocast)
+        undo.callback(publisher.close)
+    else:
+        sampler = LocalSampler(student, tokenizer, max_rows=config.rollout.max_rows, autocast=autocast)
     scorer: Teacher | None = None
     common = None
     if served is not None:
@@ -193,17 +215,10 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
             ends=judged,
         )
     warnings += checks.enforce(findings)
-    pipeline = Pipeline(
-        sampler,
-        verifier,
-        scorer,
-        method.needs_teacher,
-        truncated=config.objective.truncated,
-        reward_threshold=config.objective.reward_threshold,
-    )
+    pipeline = build_pipeline(config, method, sampler, verifier, scorer, schedule)
     evaluator = None
     if eval_prompts:
-        judge = eval_sampler(config, student, tokenizer, autocast)
+        judge = sampler if sampled is not None else eval_sampler(config, student, tokenizer, autocast)
         evaluator = build_evaluator(config, judge, verifier, eval_prompts, ends, distinct_key)
     about = {"train": data.about()} | ({"eval": held_out_data.about()} if held_out_data else {})
     engines = Engines(
@@ -223,9 +238,10 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
         reference=frozen_reference(config, student, autocast) if config.objective.reference_kl > 0 else None,
         evaluator=evaluator,
         weights_use_tau=paths_weighted_by_perplexity(method),
+        publisher=publisher,
         data=about,
     )
-    return Built(engines, method, train_prompts, eval_prompts, verifier, scorer, about, warnings)
+    return Built(engines, method, train_prompts, eval_prompts, verifier, scorer, about, warnings, sampled)
 
 
 def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:

@@ -1,9 +1,9 @@
 """``scope eval``: a model, or stored responses, on benchmarks; figures that can be computed again from what is kept.
 
-The engine stands behind the Sampler Protocol (``types``): a model in this process, or stored responses. Whatever can be
-checked without weights is checked before they are loaded.
+The engine stands behind the Sampler Protocol (``types``): a model in this process, one behind servers, or stored
+responses. Whatever can be checked without weights is checked before they are loaded.
 
-Not covered: servers; several GPUs.
+Not covered: several GPUs in this process.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from scope_opd.cli.eval_servers import served_options
 from scope_opd.cli.eval_settings import (
     MAX_ROWS,
     build_config,
@@ -39,6 +40,8 @@ EXAMPLES = """Examples:
       --benchmark math500 --out runs/eval-qwen
   scope eval --model runs/mine/export --benchmark mine=problems.jsonl \\
       --n 8 --max-tokens 8192 --out runs/eval-mine
+  scope eval --base-url http://127.0.0.1:8000/v1 --served-model student \\
+      --tokenizer Qwen/Qwen3-1.7B-Base --benchmark aime24 --out runs/eval-served
   scope eval --responses outputs.jsonl --map answer=gold --out runs/judged
 """
 
@@ -71,6 +74,13 @@ def evaluate(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "auto",
     max_rows: int = MAX_ROWS,
+    base_url: Annotated[list[str] | None, Parameter(negative="")] = None,
+    served_model: str | None = None,
+    tokenizer: str | None = None,
+    api_key_env: str | None = None,
+    api_key_file: Path | None = None,
+    ca_bundle: Path | None = None,
+    allow_unprotected_routes: Annotated[bool, Parameter(negative="")] = False,
     scope: Literal["after_think", "all"] | None = None,
     no_fallback: Annotated[bool, Parameter(negative="")] = False,
     tolerance: str | None = None,
@@ -146,7 +156,22 @@ def evaluate(
     device
         auto, cpu, cuda or cuda:N.
     max_rows
-        Sequences decoded at once. Lower it where memory runs out.
+        Sequences decoded at once, or under way at each server. Lower it where memory runs out.
+    base_url
+        Address of a vLLM server that samples in place of a model in this process, such as http://host:8000/v1; may be
+        repeated for servers of the same weights. --model or --tokenizer then names the tokenizer alone.
+    served_model
+        The name that the servers serve the model under.
+    tokenizer
+        With --base-url: a folder or hub id with the served model's tokenizer. Default: --model.
+    api_key_env
+        Environment variable that holds the servers' key.
+    api_key_file
+        File that holds it, instead.
+    ca_bundle
+        Certificate authorities (PEM) for https.
+    allow_unprotected_routes
+        Accept a server on another machine whose development routes are open.
     scope
         Where the answer may stand: after_think (default), behind the thinking block; or all.
     no_fallback
@@ -162,6 +187,16 @@ def evaluate(
     allow_unsandboxed
         Run code without bubblewrap: only where all of it is trusted.
     """
+    served = served_options(
+        base_url or [], served_model, api_key_env, api_key_file, ca_bundle, allow_unprotected_routes,
+        responses=responses, attn=attn, dtype=None if dtype == "auto" else dtype,
+        device=None if device == "auto" else device,
+    )  # fmt: skip
+    if tokenizer is not None and served is None:
+        raise ConfigError("--tokenizer without --base-url", "servers", "leave it out: a model brings its own")
+    model = model or tokenizer
+    if served is not None and model is None:
+        raise ConfigError("--base-url without a tokenizer", "that of the served model", "give --tokenizer or --model")
     if (model is None) == (responses is None):
         raise ConfigError("--model and --responses " + ("both" if model else "missing"), "one of them", "give one")
     verify = {
@@ -219,7 +254,7 @@ def evaluate(
     config = config.model_copy(
         update={
             "model": config.model.model_copy(
-                update={"trust_remote_code": trust_remote_code, "attn_implementation": attn}
+                update={"trust_remote_code": trust_remote_code, "attn_implementation": attn, "tokenizer": tokenizer}
             )
         }
     )
@@ -243,6 +278,7 @@ def evaluate(
             lower_max_tokens=preset is not None and max_tokens is None,
             fix_double_braces=fix_double_braces,
             columns=columns,
+            served=served,
         )
 
     return run(out, prepare)
@@ -289,7 +325,7 @@ def run(out: Path, prepare: Callable[[], Prepared]) -> int:
             pending = pending_batches(prepared.tasks, store)
             began = time.time()
             if pending:
-                doing = "decoding" if prepared.settings["source"]["kind"] == "model" else "judging"
+                doing = "judging" if prepared.settings["source"]["kind"] == "responses" else "decoding"
                 run_batches(pending, prepared.open_sampler(), store, open_progress(meter, doing), total=total)
             elif store.samples:
                 print(f"all {total} samples are there already", file=sys.stderr)

@@ -1,12 +1,12 @@
-"""``scope eval --model``: from a config and benchmark names to prompts, a verifier and a sampler in this process.
+"""``scope eval --model``: from a config and benchmark names to prompts, a verifier and a sampler, in this process or
+behind servers.
 
-Order: benchmarks, verifiers, tokenizer and prompts, and only where samples are missing the weights.
-
-Not covered: other engines; one stands behind the same Protocol and replaces ``_open_sampler``.
+Order: benchmarks, verifiers, tokenizer and prompts, and only where samples are missing the weights or the servers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from scope_opd.cli.eval_command import Prepared
+from scope_opd.cli.eval_servers import Served, open_served_sampler
 from scope_opd.cli.eval_settings import verify_options
-from scope_opd.cli.identity import model_identity, template_sha256
+from scope_opd.cli.identity import model_identity, served_identity, template_sha256
 from scope_opd.cli.inputs import model_config, shown_prompt, student_tokenizer
 from scope_opd.config import Config
 from scope_opd.data.prompts import render_prompts
@@ -28,7 +29,7 @@ from scope_opd.evaluate.session import Task, prompt_id
 from scope_opd.gold import is_code
 from scope_opd.models.loading import context_length, end_token_ids, load_model, resolve_device
 from scope_opd.rollout.local import LocalSampler
-from scope_opd.types import Prompt, SamplingParams, Verifier
+from scope_opd.types import Prompt, Sampler, SamplingParams, Verifier
 from scope_opd.verify.answers import AnswerVerifier, build_answer_verifier
 from scope_opd.words import counted
 from scope_opd.zoo.verifier import RunningSumVerifier
@@ -49,6 +50,7 @@ def from_model(
     lower_max_tokens: bool = False,
     fix_double_braces: bool = False,
     columns: Columns | None = None,
+    served: Served | None = None,
 ) -> Prepared:
     """Everything that an evaluation of ``config.model`` needs, without its weights.
 
@@ -61,6 +63,7 @@ def from_model(
         lower_max_tokens: lower ``max_tokens`` to what the model's context leaves, and say so, in place of an error.
         fix_double_braces: mend ``\\boxed{{}}`` in prompts.
         columns: what sets of the user's own call problem, answer and id.
+        served: servers that sample; of ``config.model`` only the tokenizer is read then.
 
     Raises:
         ScopeError: anything that is wrong with benchmarks, data, prompts or settings.
@@ -71,7 +74,7 @@ def from_model(
     ]
     device = resolve_device(config.train.device)
     weights = dtype if dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-    identity = model_identity(config)
+    identity = served_identity(config) if served is not None else model_identity(config)
     tokenizer = student_tokenizer(config)
     found = model_config(config.model.path, config.model.revision, config.model.trust_remote_code)
     context = None if found is None else context_length(found)
@@ -95,7 +98,7 @@ def from_model(
         "seed": config.run.seed,
     }
     settings = {
-        "source": {"kind": "model", "model": config.model.path, "revision": config.model.revision, **identity},
+        "source": _source(config, served) | identity,
         "preset": preset,
         "sampling": sampling,
         "prompt": {
@@ -106,7 +109,9 @@ def from_model(
             "stop_token_ids": config.chat.stop_token_ids,
         },
         "verifier": verify_options(config.verify),
-        "engine": {
+        "engine": {"kind": "servers", "max_rows": config.rollout.max_rows}
+        if served is not None
+        else {
             "kind": "in-process",
             "device": device.type,
             "dtype": weights,
@@ -134,11 +139,30 @@ def from_model(
     ]
     lines.append(f"first prompt: {shown_prompt(tasks[0].prompts[0].text)}")
 
-    def open_sampler() -> LocalSampler:
-        return _open_sampler(config, tasks, tokenizer, weights, device)
+    opened = contextlib.ExitStack()
+    if answers is not None:
+        opened.callback(answers.close)
 
-    close = answers.close if answers is not None else _nothing
-    return Prepared(tasks, settings, {each.benchmark.name: each.data for each in loaded}, open_sampler, close, lines)
+    def open_sampler() -> Sampler:
+        if served is None:
+            return _open_sampler(config, tasks, tokenizer, weights, device)
+        sampler = open_served_sampler(config, served, tokenizer)
+        opened.callback(sampler.close)
+        return sampler
+
+    return Prepared(
+        tasks, settings, {each.benchmark.name: each.data for each in loaded}, open_sampler, opened.close, lines
+    )
+
+
+def _source(config: Config, served: Served | None) -> dict[str, Any]:
+    model = config.model
+    if served is None:
+        return {"kind": "model", "model": model.path, "revision": model.revision}
+    return {
+        "kind": "servers", "model": served.model, "tokenizer": model.tokenizer or model.path,
+        "revision": model.revision,
+    }  # fmt: skip
 
 
 def _task(
@@ -262,7 +286,3 @@ def _out_of_memory(error: BaseException) -> RunFailed:
 def _given(answers: AnswerVerifier | None) -> AnswerVerifier:
     assert answers is not None
     return answers
-
-
-def _nothing() -> None:
-    pass

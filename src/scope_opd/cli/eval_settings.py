@@ -41,6 +41,7 @@ OPTIONS = {
     "chat.suffix": "--suffix",
     "chat.stop_token_ids": "--stop-token-id",
     "train.device": "--device",
+    "model.tokenizer": "--tokenizer",
     "model.attn_implementation": "--attn",
     "model.revision": "--revision",
     "verify.scope": "--scope",

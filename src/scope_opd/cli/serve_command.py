@@ -185,7 +185,7 @@ def _interpreter(config: Config, show: bool) -> tuple[str, bool]:
     from scope_opd.serving.process import find_interpreter
 
     try:
-        found = find_interpreter(config.serving.python)
+        found = find_interpreter(config.serving.python, config.serving.env)
     except ScopeError as error:
         if not show:
             raise

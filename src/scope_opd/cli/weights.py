@@ -52,10 +52,10 @@ def weights(
 
     A row needs id, group, correct, logprobs (one for each response token)
     and, where it is wrong, teacher_logprobs. finish_reason ("stop" or
-    "length"), reward and loss_mask are read where present; other keys are
-    left aside. The rollouts.jsonl of a run folder works as it is. Rows of a
-    group need not stand together; rows with a step are grouped by step and
-    group.
+    "length"), reward, loss_mask and teacher_mask are read where present;
+    other keys are left aside. The rollouts.jsonl of a run folder works as it
+    is. Rows of a group need not stand together; rows with a step are grouped
+    by step and group.
 
     Prints one JSON line a row, in input order: id, path ("student",
     "teacher", or null when the row is ignored), ppl (exp of the mean negative

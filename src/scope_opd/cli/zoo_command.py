@@ -11,6 +11,7 @@ from cyclopts import App
 
 COPY_EXAMPLES = """Examples:
   scope zoo copy zoo
+  scope zoo copy runs/zoo --head-dim 32          for vLLM on a CPU, whose attention knows no narrower heads
   scope train configs/debug.toml --set model.path=zoo/student
 """
 BUILD_EXAMPLES = """Examples:
@@ -39,21 +40,34 @@ def list_zoo() -> int:
 
 
 @app.command(help_epilogue=COPY_EXAMPLES)
-def copy(folder: Path, /) -> int:
+def copy(folder: Path, /, *, head_dim: int | None = None) -> int:
     """Copy the shipped models and data to a folder of yours.
 
     Parameters
     ----------
     folder
         Where to; it must not exist or be empty.
+    head_dim
+        Give attention heads that are narrower than this that many dimensions, the
+        new ones zero: the same models to others' attention kernels.
     """
+    from scope_opd.errors import ConfigError
     from scope_opd.zoo import data_path, model_path
 
     folder = folder.expanduser()
     _require_empty(folder)
+    widths = {name: _head_dim(model_path(name)) for name in ("student", "teacher")}
+    if head_dim is not None and (head_dim < 1 or any(head_dim % width for width in widths.values())):
+        raise ConfigError(
+            f"--head-dim {head_dim}", f"a multiple of {max(widths.values())}", "leave it out for the models as they are"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("student", "teacher"):
+    for name in widths:
         shutil.copytree(model_path(name), folder / name)
+        if head_dim is not None:
+            from scope_opd.zoo.widen import widen_heads
+
+            widen_heads(folder / name, head_dim)
     for split in ("train", "heldout"):
         shutil.copyfile(data_path(split), folder / f"{split}.jsonl")
     print(f"copied the zoo to {folder}")
@@ -80,6 +94,10 @@ def build(*, out: Path, seed: int = 0) -> int:
     figures: Any = build_zoo(out, seed=seed, progress=lambda line: print(line, flush=True))
     print(json.dumps(figures, indent=2, default=str))
     return 0
+
+
+def _head_dim(folder: Path) -> int:
+    return int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["head_dim"])
 
 
 def _require_empty(folder: Path) -> None:

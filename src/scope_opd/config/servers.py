@@ -118,8 +118,9 @@ class RolloutConfig(ServerConfig):
 
     By servers: ``model``, the name that they serve the student under. After each optimiser step they get its weights:
     ``sync = "files"`` writes them to ``sync_dir`` (None: ``sync/`` in the run folder), which must have the same path
-    on the servers' machines, and has them reloaded; "nccl" and "ipc" are vLLM's own weight transfer between GPUs, or
-    on one. Then the log-probs of a fixed prompt must be the trainer's to ``sync_tolerance`` nats a token in the mean.
+    on the servers' machines, and has them reloaded; "gloo" sends them over TCP, "nccl" between GPUs, "ipc" within one;
+    for the first two ``sync_host`` is the trainer's address as the servers reach it (None: loopback). Then the
+    log-probs of a fixed prompt must be the trainer's to ``sync_tolerance`` nats a token in the mean.
     ``max_staleness``: optimiser steps that a rollout's oldest token may lag behind; above 0 generation goes on while
     the trainer steps. ``colocated``: servers on the trainer's own GPU, put to sleep while it steps.
     ``max_concurrency``: requests under way at each server. ``deadline_s``: until then a sample is asked for again.
@@ -134,8 +135,9 @@ class RolloutConfig(ServerConfig):
     repetition_penalty: PositiveFloat = 1.0
     max_tokens: PositiveInt = 1024
     max_rows: PositiveInt | None = None
-    sync: Literal["files", "nccl", "ipc"] = "files"
+    sync: Literal["files", "gloo", "nccl", "ipc"] = "files"
     sync_dir: UserPath | None = None
+    sync_host: str | None = None
     sync_tolerance: PositiveFloat = 0.05
     max_staleness: NonNegativeInt = 0
     colocated: bool = False
@@ -164,6 +166,12 @@ class RolloutConfig(ServerConfig):
             raise ValueError(
                 "rollout.colocated with max_staleness > 0; expected one of them, since servers that sleep while the "
                 "trainer steps cannot generate meanwhile; remove one"
+            )
+        remote = [url for url in self.base_urls if not parse_base_url(url).loopback]
+        if remote and self.sync in ("gloo", "nccl") and self.sync_host is None:
+            raise ValueError(
+                f"rollout.sync = {self.sync!r} with a server on another machine ({remote[0]}) and no sync_host; "
+                "expected the trainer's address as the servers reach it; set rollout.sync_host"
             )
         if self.colocated and self.sync == "nccl":
             raise ValueError("rollout.colocated with sync = 'nccl'; expected 'ipc' or 'files' on one GPU; change it")

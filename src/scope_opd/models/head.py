@@ -4,6 +4,8 @@ A causal LM is a backbone (ids to hidden states) and a head (hidden states to lo
 or a soft-cap). ``HeadView`` takes the two apart, so that only positions which predict a response token are projected,
 a chunk at a time. It is checked against the model's own forward when it is made; where the two differ the model's own
 full forward is used instead (``exact`` says which), which is right but keeps one logit tensor of a whole batch.
+Log-probs come from ``objective.chunked`` in tiles of tokens x vocabulary where the head is a plain matrix, and else
+from chunks of tokens that the backward pass computes again.
 
 Not covered: encoder-decoder models, heads split over devices.
 """
@@ -17,15 +19,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from scope_opd.objective.chunked import Tail, chunked_logprobs
 from scope_opd.objective.logprobs import tempered, token_entropy, token_logprobs
 
 # Logits in one chunk at most, when no chunk is asked for: 256 MiB in float32.
 CHUNK_LOGITS = 2**26
-
-Tail = Callable[[Tensor], Tensor]
+# Up to so many logits are kept for the backward pass rather than computed again: 64 MiB in float32.
+KEPT_LOGITS = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +41,16 @@ class TokenScores:
         entropy: F[T], entropy in nats of the distribution that predicts it, at ``temperature``; no gradient. None
             when not asked for.
         extra_logprobs: F[T], log-prob at ``extra_temperature``; no gradient. None when not asked for.
+        id_logprobs: F[T, K], log-prob of the ids asked for at ``temperature``; carries the gradient. None when not
+            asked for.
+        rest_logprobs: F[T], log of the mass of all ids but those K; carries the gradient. None when not asked for.
     """
 
     logprobs: Tensor
     entropy: Tensor | None
     extra_logprobs: Tensor | None
+    id_logprobs: Tensor | None = None
+    rest_logprobs: Tensor | None = None
 
 
 class HeadView:
@@ -59,7 +68,7 @@ class HeadView:
         self.model = model
         self.backbone: nn.Module = model.base_model
         self.head: nn.Module | None = model.get_output_embeddings()
-        self._tail: Tail = _identity
+        self._tail = Tail()
         self._backbone_arguments = set(inspect.signature(self.backbone.forward).parameters)
         self._model_arguments = set(inspect.signature(model.forward).parameters)
         found = self._find_tail()
@@ -73,15 +82,16 @@ class HeadView:
         weight = getattr(self.head, "weight", None)
         return int(self.model.config.get_text_config().vocab_size if weight is None else weight.shape[0])
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, **further: Any) -> Tensor:
         """What the head projects, [B, L, H]. Where the view is not exact these are the logits themselves.
 
         Args:
             input_ids: I[B, L].
             attention_mask: I[B, L], 1 on tokens. None states that padding, if any, is on the right: with causal
                 attention no token then sees padding, and no mask is needed.
+            further: handed to the model as it is (what ``models.packing`` says about a pack).
         """
-        inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False, **further}
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
             inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp_min(0)
@@ -114,6 +124,44 @@ class HeadView:
             assert self.head is not None
             hidden = self._tail(self.head(hidden))
         return hidden if hidden.dtype == torch.float64 else hidden.float()
+
+    @property
+    def plain(self) -> bool:
+        """Whether the head is a matrix (and a bias) and nothing else, so that it can be taken tile by tile.
+
+        An adapter or a quantised head has a forward of its own, and hooks may change what goes in or comes out; those
+        of FSDP only gather the weights, and ``fused`` goes through them.
+        """
+        head = self.head
+        if not self.exact or head is None or getattr(type(head), "forward", None) is not nn.Linear.forward:
+            return False
+        return isinstance(head, FSDPModule) or not (head._forward_hooks or head._forward_pre_hooks)
+
+    def fused(self, hidden: Tensor, targets: Tensor, temperature: float, **options: Any) -> TokenScores:
+        """``objective.chunked.chunked_logprobs`` with this head; only where ``plain``. ``options`` go to it."""
+        head = self.head
+        assert self.plain
+        assert isinstance(head, nn.Linear)
+
+        def forward(states: Tensor) -> tuple[Tensor | None, ...]:
+            found = chunked_logprobs(
+                states, head.weight, targets, temperature, bias=head.bias, tail=self._tail, **options
+            )
+            return found.logprobs, found.entropy, found.extra_logprobs, found.id_logprobs, found.rest_logprobs
+
+        if not isinstance(head, FSDPModule):
+            found = forward(hidden)
+        else:
+            # The weights are whole only between the hooks around the module's own forward, and in the backward pass
+            # only if those hooks see the outputs: a plain tuple of tensors.
+            head.__dict__["forward"] = forward
+            try:
+                found = head(hidden)
+            finally:
+                del head.__dict__["forward"]
+        logprobs, *others = found
+        assert logprobs is not None
+        return TokenScores(logprobs, *others)
 
     @torch.no_grad()
     def _find_tail(self) -> Tail | None:
@@ -153,6 +201,8 @@ def response_logprobs(
     temperature: float = 1.0,
     *,
     extra_temperature: float | None = None,
+    ids: Tensor | None = None,
+    rest: bool = False,
     chunk_tokens: int | None = None,
     entropy: bool = True,
 ) -> TokenScores:
@@ -165,13 +215,15 @@ def response_logprobs(
         positions: I[T, 2] of (row, column) of the predicted tokens.
         temperature: > 0.
         extra_temperature: a second temperature for the same hidden states, without gradient.
-        chunk_tokens: tokens projected at once; None lets a chunk hold ``CHUNK_LOGITS`` logits. The result does not
-            depend on it beyond rounding.
+        ids: I[T, K], further ids at each position whose log-probs are wanted.
+        rest: whether the log-mass of all but those ids, which must then be distinct, is wanted too.
+        chunk_tokens: tokens projected at once; None leaves the choice to ``objective.chunked`` where the head is
+            plain, and else lets a chunk hold ``CHUNK_LOGITS`` logits. The result does not depend on it beyond rounding.
         entropy: False leaves the entropy out.
 
     Returns:
-        ``TokenScores`` in float32 (float64 for a float64 model). With gradient enabled and more than one chunk, each
-        chunk's logits are computed again in the backward pass instead of being kept.
+        ``TokenScores`` in float32 (float64 for a float64 model). Logits that fit into one chunk (of ``KEPT_LOGITS``
+        where none was asked for) are kept for the backward pass; of more than one chunk each is computed again there.
     """
     view = model if isinstance(model, HeadView) else HeadView(model)
     return score_hidden(
@@ -180,6 +232,8 @@ def response_logprobs(
         input_ids[positions[:, 0], positions[:, 1]],
         temperature,
         extra_temperature=extra_temperature,
+        ids=ids,
+        rest=rest,
         chunk_tokens=chunk_tokens,
         entropy=entropy,
     )
@@ -192,6 +246,8 @@ def score_hidden(
     temperature: float = 1.0,
     *,
     extra_temperature: float | None = None,
+    ids: Tensor | None = None,
+    rest: bool = False,
     chunk_tokens: int | None = None,
     entropy: bool = True,
 ) -> TokenScores:
@@ -201,13 +257,28 @@ def score_hidden(
         view: supplies the projection.
         hidden: [T, H], from ``HeadView.response_hidden``.
         targets: I[T], the tokens whose log-probs are wanted.
-        temperature, extra_temperature, chunk_tokens, entropy: as for ``response_logprobs``.
+        temperature, extra_temperature, ids, rest, chunk_tokens, entropy: as for ``response_logprobs``.
     """
+    kept = max(1, KEPT_LOGITS // view.vocabulary) if chunk_tokens is None else chunk_tokens
+    if hidden.shape[0] > kept >= 1 and view.plain:
+        return view.fused(
+            hidden,
+            targets,
+            temperature,
+            ids=ids,
+            rest=rest,
+            extra_temperature=extra_temperature,
+            entropy=entropy,
+            tile_tokens=chunk_tokens,
+        )
 
-    def score(logits: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
+    def score(logits: Tensor, wanted: Tensor, *further: Tensor) -> tuple[Tensor, ...]:
         scaled = tempered(logits, temperature)
         log_z = scaled.logsumexp(-1)
         outputs = [token_logprobs(scaled, wanted, log_z=log_z)]
+        for more in further:
+            outputs.append(scaled.gather(-1, more) - log_z[:, None])
+            outputs.append(scaled.scatter(-1, more, -torch.inf).logsumexp(-1) - log_z if rest else log_z)
         # After the part with gradient, so that recomputation in the backward pass stops before it.
         with torch.no_grad():
             if entropy:
@@ -216,12 +287,19 @@ def score_hidden(
                 outputs.append(token_logprobs(logits, wanted, extra_temperature))
         return tuple(outputs)
 
-    results = map_logits(view, hidden, score, targets, chunk_tokens=chunk_tokens)
+    per_token = (targets,) if ids is None else (targets, ids)
+    found = list(map_logits(view, hidden, score, *per_token, chunk_tokens=chunk_tokens))
     return TokenScores(
-        logprobs=results[0],
-        entropy=results[1] if entropy else None,
-        extra_logprobs=results[-1] if extra_temperature is not None else None,
+        logprobs=found.pop(0),
+        id_logprobs=None if ids is None else found.pop(0),
+        rest_logprobs=None if ids is None else _only(rest, found.pop(0)),
+        entropy=found.pop(0) if entropy else None,
+        extra_logprobs=found.pop(0) if extra_temperature is not None else None,
     )
+
+
+def _only(wanted: bool, value: Tensor) -> Tensor | None:
+    return value if wanted else None
 
 
 def map_logits(
@@ -266,10 +344,6 @@ def map_logits(
     return tuple(torch.cat(column) for column in zip(*pieces, strict=True))
 
 
-def _identity(logits: Tensor) -> Tensor:
-    return logits
-
-
 def _tails(config: Any) -> Iterator[Tail]:
     """What may follow the head's matrix, by the names that configs give to it.
 
@@ -280,13 +354,13 @@ def _tails(config: Any) -> Iterator[Tail]:
     factor = getattr(config, "logit_scale", None)
     scaling = getattr(config, "logits_scaling", None)
     if cap:
-        yield lambda logits: torch.tanh(logits / cap) * cap
+        yield Tail(cap=cap)
     if factor:
-        yield lambda logits: logits * factor
+        yield Tail(scale=factor)
     if scaling:
-        yield lambda logits: logits / scaling
-        yield lambda logits: logits * scaling
-    yield _identity
+        yield Tail(scale=1.0 / scaling)
+        yield Tail(scale=scaling)
+    yield Tail()
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from scope_opd.objective.methods import Aggregation
 
+ONE_DENOMINATOR: tuple[Aggregation, ...] = ("prompt", "token", "sequence")
+"""Aggregations that divide everything by one number of the step, so that it can be divided by at the end."""
+
 
 def coefficients(
     reinforce: Tensor, distill: Tensor, lengths: Tensor, masked: Tensor, groups: Tensor, aggregation: Aggregation
@@ -53,3 +56,31 @@ def coefficients(
 
     by_reinforce, by_distill = denominators[aggregation]
     return divide(reinforce, by_reinforce), divide(distill, by_distill)
+
+
+def undivided(
+    reinforce: Tensor, distill: Tensor, lengths: Tensor, masked: Tensor, aggregation: Aggregation
+) -> tuple[Tensor, Tensor]:
+    """``coefficients`` times ``denominator``: known from a part of the step's rollouts alone.
+
+    Args:
+        reinforce, distill, lengths, masked: of any rollouts of the step, as for ``coefficients``.
+        aggregation: one of ``ONE_DENOMINATOR``.
+    """
+    if aggregation not in ONE_DENOMINATOR:
+        raise ValueError(f"aggregation = {aggregation!r}; expected one of {', '.join(ONE_DENOMINATOR)}")
+    by = lengths.double() if aggregation == "sequence" else torch.ones_like(reinforce, dtype=torch.float64)
+    kept = ~masked & (by > 0)
+    return tuple(torch.where(kept, part.double() / by.clamp_min(1.0), 0.0) for part in (reinforce, distill))  # type: ignore[return-value]
+
+
+def denominator(lengths: Tensor, masked: Tensor, groups: Tensor, aggregation: Aggregation) -> float:
+    """What the ``undivided`` numbers of a whole step are divided by; 1 if nothing is live.
+
+    Args:
+        lengths, masked, groups: of all rollouts of the step, as for ``coefficients``.
+        aggregation: one of ``ONE_DENOMINATOR``.
+    """
+    live = ~masked
+    numbers = {"prompt": groups[live].unique().numel(), "token": lengths[live].sum(), "sequence": live.sum()}
+    return max(1.0, float(numbers[aggregation]))

@@ -64,8 +64,9 @@ class _Step:
     number: int
     prompts: dict[str, Prompt]
     n: int
-    on_judged: Callable[[], None] | None = None
+    on_scoring: Callable[[], None] | None = None
     unjudged: int = 0
+    at_teacher: int = 0
     all_drawn: bool = False
     stats: StageStats = field(default_factory=StageStats)
     members: dict[str, list[Rollout]] = field(default_factory=dict)
@@ -161,15 +162,15 @@ class Pipeline:
         stats: StageStats | None = None,
         on_phase: PhaseHook | None = None,
         on_progress: ProgressHook | None = None,
-        on_judged: Callable[[], None] | None = None,
+        on_scoring: Callable[[], None] | None = None,
     ) -> AsyncIterator[list[Rollout]]:
         """Yield each group, sorted by sample, as it completes.
 
-        Arguments as for ``collect``; ``stats`` is filled in. ``on_judged`` is called once when the last rollout has
-        ended and all are judged, whatever the teacher still has to do.
+        Arguments as for ``collect``; ``stats`` is filled in. ``on_scoring`` is called once, when all rollouts have
+        ended and are judged, if a streaming teacher still has some of them.
         """
         by_id = {prompt.id: prompt for prompt in prompts}
-        state = _Step(step, by_id, params.n, on_judged, stats=stats or StageStats())
+        state = _Step(step, by_id, params.n, on_scoring, stats=stats or StageStats())
         if len(state.prompts) != len(prompts):
             raise ScopeError("two prompts of a step share an id", "distinct ids", "mend the data set's id column")
         run = asyncio.create_task(
@@ -229,7 +230,7 @@ class Pipeline:
                         tasks.create_task(handle(rollout))
                 state.stats.generation_s = time.perf_counter() - start
                 state.all_drawn = True
-                self._tell_if_judged(state)
+                self._tell_if_scoring(state)
         except BaseExceptionGroup as group:
             error = _first(group)
         finally:
@@ -248,6 +249,8 @@ class Pipeline:
                 self._join(state, rollout)
         if isinstance(self.teacher, StepTeacher):
             state.stats.notes += await self.teacher.end_step(step)
+        if notes := getattr(self.sampler, "notes", None):  # servers that went down or came back
+            state.stats.notes += notes()
         short = [name for name in state.prompts if len(state.members.get(name, [])) != params.n]
         if short:
             found = f"prompt {short[0]!r} has {len(state.members.get(short[0], []))} rollouts"
@@ -263,34 +266,37 @@ class Pipeline:
         state.unjudged -= 1
         if routed is None or not self.needs_teacher(routed):
             self._join(state, rollout)
-            self._tell_if_judged(state)
+            self._tell_if_scoring(state)
         elif self.teacher is not None and self.teacher.streams:
-            self._tell_if_judged(state)
+            state.at_teacher += 1
+            self._tell_if_scoring(state)
             await self._score(state, [rollout])
+            state.at_teacher -= 1
             self._join(state, rollout)
         else:
             state.waiting.append(rollout)
-            self._tell_if_judged(state)
 
-    async def _ask_teacher(self, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
+    async def _ask_teacher(self, step: int, rollouts: Sequence[Rollout]) -> tuple[list[TeacherScore], float]:
+        """The scores, and the seconds that they took."""
         assert self.teacher is not None
-        return await self.teacher.score(rollouts)
+        start = time.perf_counter()
+        with self.timeline.busy("teacher", step):
+            scores = await self.teacher.score(rollouts)
+        return scores, time.perf_counter() - start
 
     def _places(self) -> asyncio.Semaphore:
         """Room for rollouts that are being judged or scored."""
         return asyncio.Semaphore(self.max_in_flight)
 
     @staticmethod
-    def _tell_if_judged(state: _Step) -> None:
-        if state.all_drawn and not state.unjudged and state.on_judged:
-            state.on_judged()
-            state.on_judged = None
+    def _tell_if_scoring(state: _Step) -> None:
+        if state.all_drawn and not state.unjudged and state.at_teacher and state.on_scoring:
+            state.on_scoring()
+            state.on_scoring = None
 
     async def _score(self, state: _Step, rollouts: Sequence[Rollout]) -> None:
-        start = time.perf_counter()
-        with self.timeline.busy("teacher", state.number):
-            scores = await self._ask_teacher(rollouts)
-        state.stats.teacher_s += time.perf_counter() - start
+        scores, seconds = await self._ask_teacher(state.number, rollouts)
+        state.stats.teacher_s += seconds
         for rollout, score in zip(rollouts, scores, strict=True):
             rollout.teacher_logprobs, rollout.teacher_mask = score.logprobs, score.mask
             state.stats.floored_tokens += score.floored

@@ -9,14 +9,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+
+from scope_opd.spans import Span, length, union, within, without
 
 STAGES = ("generation", "verify", "teacher", "sync", "update")
 MAX_SPANS = 4096
 """Spans kept for a stage of a step at most; beyond that the shortest gaps are closed."""
-
-Span = tuple[float, float]
 
 
 class Timeline:
@@ -71,17 +71,17 @@ class Timeline:
             for (stage, owner), running in self._running.items():
                 if step is None or owner == step:
                     found[stage].append((running[0], now))
-        return {stage: _union(spans) for stage, spans in found.items()}
+        return {stage: union(spans) for stage, spans in found.items()}
 
     def busy_s(self, stage: str, begin: float, end: float) -> float:
         """Seconds between ``begin`` and ``end`` in which a stage was at work, for whatever step."""
-        return _length(_within(self.spans()[stage], begin, end))
+        return length(within(self.spans()[stage], begin, end))
 
     def exposed(self, stage: str, begin: float, end: float) -> float:
         """Seconds between ``begin`` and ``end`` in which that stage alone was at work, for whatever step."""
         spans = self.spans()
-        others = _union(span for name, found in spans.items() if name != stage for span in found)
-        return _length(_without(_within(spans[stage], begin, end), others))
+        others = union(span for name, found in spans.items() if name != stage for span in found)
+        return length(without(within(spans[stage], begin, end), others))
 
     def forget(self, step: int) -> None:
         """Drop the spans of this step and those before it."""
@@ -93,7 +93,7 @@ class Timeline:
         spans = self._spans[key]
         spans.append(span)
         if len(spans) > MAX_SPANS:
-            spans[:] = shortened(_union(spans), MAX_SPANS // 2)
+            spans[:] = shortened(union(spans), MAX_SPANS // 2)
 
 
 def shortened(spans: Sequence[Span], limit: int) -> list[Span]:
@@ -108,38 +108,3 @@ def shortened(spans: Sequence[Span], limit: int) -> list[Span]:
     gaps = sorted(range(1, len(spans)), key=lambda index: (spans[index - 1][1] - spans[index][0], index))
     first = sorted([0, *gaps[: limit - 1]])  # where a span that is kept begins: after the longest gaps
     return [(spans[a][0], spans[b - 1][1]) for a, b in zip(first, [*first[1:], len(spans)], strict=True)]
-
-
-def _union(spans: Iterable[Span]) -> list[Span]:
-    merged: list[Span] = []
-    for begin, end in sorted(spans):
-        if merged and begin <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((begin, end))
-    return merged
-
-
-def _within(spans: Iterable[Span], begin: float, end: float) -> list[Span]:
-    return [(max(a, begin), min(b, end)) for a, b in spans if b > begin and a < end]
-
-
-def _without(spans: Iterable[Span], others: Sequence[Span]) -> list[Span]:
-    """What of ``spans`` no other covers; both ordered and disjoint."""
-    rest, place = [], 0
-    for begin, end in spans:
-        while place < len(others) and others[place][1] <= begin:
-            place += 1
-        look = place
-        while look < len(others) and others[look][0] < end:
-            if others[look][0] > begin:
-                rest.append((begin, others[look][0]))
-            begin = max(begin, others[look][1])
-            look += 1
-        if begin < end:
-            rest.append((begin, end))
-    return rest
-
-
-def _length(spans: Iterable[Span]) -> float:
-    return sum(end - begin for begin, end in spans)

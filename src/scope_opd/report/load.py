@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scope_opd.errors import RunFolderError
-from scope_opd.report.spans import Stretches, claimed
+from scope_opd.report.spans import claimed
+from scope_opd.spans import Span
 
 Route = Literal["student", "teacher"]
 RUN_FILES = ("run.json", "metrics.jsonl", "eval.jsonl")
-Spans = dict[str, Stretches]
+Spans = dict[str, list[Span]]
 """When each stage was at work, in seconds from the step's begin."""
 
 LONGEST_S = 1e7
@@ -294,7 +295,7 @@ def _read_rollouts(run: Run) -> list[RolloutPoint]:
             correct=row["correct"] if routed is None and isinstance(row.get("correct"), bool) else routed,
             masked=row.get("masked") is True,
             path=path,
-            ppl=_perplexity(logprobs, row.get("loss_mask")),
+            ppl=_perplexity(logprobs, row.get("loss_mask"), row.get("teacher_mask") if path == "teacher" else None),
             weight=number(row.get("distill" if path == "teacher" else "reinforce")) if path else None,
         )
     return sorted(points.values(), key=lambda point: (point.step, point.offset))
@@ -350,11 +351,13 @@ def _route(row: dict[str, Any], verdict: bool | None) -> Route | None:
     return "teacher" if not verdict and row.get("teacher_logprobs") is not None else "student"
 
 
-def _perplexity(logprobs: list[float] | None, loss_mask: object) -> float | None:
-    if logprobs and isinstance(loss_mask, list):
-        if len(loss_mask) != len(logprobs):
-            return None
-        logprobs = [value for value, keep in zip(logprobs, loss_mask, strict=True) if keep]
+def _perplexity(logprobs: list[float] | None, *masks: object) -> float | None:
+    """Over the tokens that every mask keeps; a mask that is no list keeps all."""
+    length = len(logprobs or ())
+    listed = [mask for mask in masks if isinstance(mask, list)]
+    if any(len(mask) != length for mask in listed):
+        return None
+    logprobs = [value for value, *keep in zip(logprobs or (), *listed, strict=True) if all(keep)]
     if not logprobs:
         return None
     nll = -sum(logprobs) / len(logprobs)

@@ -15,7 +15,7 @@ from typing import Any
 from scope_opd.report.groups import Group
 from scope_opd.report.load import Run, Spans, StepTime, number, read_spans
 from scope_opd.report.parts import Section, section, swatch, table
-from scope_opd.report.spans import Stretches, length, union, without
+from scope_opd.spans import Span, length, union, without
 
 STAGES = {
     "generation": ("Generation", 0),
@@ -63,8 +63,8 @@ class Drawn:
 
     run: Run
     time: StepTime
-    lanes: dict[str, Stretches]
-    alone: Stretches
+    lanes: dict[str, list[Span]]
+    alone: list[Span]
 
     @property
     def row(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Drawn:
         return min([0.0, *(begin for begin, _ in spans)]), max([self.time.seconds, *(end for _, end in spans)])
 
 
-def lanes_of(spans: Spans) -> tuple[dict[str, Stretches], Stretches]:
+def lanes_of(spans: Spans) -> tuple[dict[str, list[Span]], list[Span]]:
     """Each known stage's stretches, and those in which the teacher alone was at work."""
     lanes = {stage: union(spans.get(stage, ())) for stage in STAGES}
     others = union(span for stage, lane in lanes.items() if stage != "teacher" for span in lane)
@@ -170,9 +170,9 @@ def _picture(group: Group, drawn: Drawn, axis: Axis) -> str:
     )
 
 
-def _bars(stretches: Stretches, axis: Axis, top: float, height: float) -> str:
+def _bars(stretches: list[Span], axis: Axis, top: float, height: float) -> str:
     """A path of rectangles; stretches less than a unit apart are drawn as one."""
-    parts: Stretches = []
+    parts: list[Span] = []
     for begin, end in ((axis.at(begin), axis.at(end)) for begin, end in stretches):
         if parts and begin - parts[-1][1] < 1:
             parts[-1] = (parts[-1][0], end)
@@ -198,7 +198,7 @@ def _caption(drawn: Drawn) -> str:
     return told
 
 
-def _told(name: str, stretches: Stretches) -> str:
+def _told(name: str, stretches: list[Span]) -> str:
     if not stretches:
         return f"{name}: not at work"
     count = len(stretches)

@@ -136,7 +136,10 @@ def _advantages(row: dict[str, Any]) -> list[float] | None:
     student, teacher = numbers(row.get("logprobs")), numbers(row.get("teacher_logprobs"))
     if student is None or teacher is None or not len(student) == len(teacher) == length:
         return None
-    gaps = [t - s for s, t in zip(student, teacher, strict=True)]
+    judged = numbers(row.get("teacher_mask")) or [1.0] * length
+    if len(judged) != length:
+        return None
+    gaps = [(t - s) * flag for s, t, flag in zip(student, teacher, judged, strict=True)]
     return [reinforce + distill * gap if keep else 0.0 for gap, keep in zip(gaps, kept, strict=True)]
 
 

@@ -12,13 +12,13 @@ Everything but ``open`` and ``close`` belongs into the thread's loop. Not covere
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from scope_opd.errors import RunFailed
-from scope_opd.serving.faults import BadAnswer, Fault, Refused
+from scope_opd.serving.control import Control
+from scope_opd.serving.faults import Fault
 from scope_opd.serving.http import HttpClient, LoopThread, monotonic
 from scope_opd.serving.pool import Endpoint, Names, Pool, PoolSettings
 from scope_opd.serving.route import (
@@ -88,6 +88,7 @@ class _Known:
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     version: int | None = None
+    tag: str | None = None
     context: int | None = None
     honest: bool | None = None
     live: set[Live] = field(default_factory=set)
@@ -190,15 +191,27 @@ class Samplers:
 
     async def _confirm_weights(self, endpoint: Endpoint, target: Target) -> None:
         known = self._known[endpoint]
-        if known.version != target.version or await self.tag(endpoint) != target.tag:
+        tag = await Control(self.http, endpoint).weight_version()
+        if tag == known.tag != target.tag and endpoint.state == "up":
+            return  # it holds what it was given; the sync that set the target is about to come here
+        if known.version != target.version or tag != target.tag:
             known.honest = None
             await target.load(endpoint)
-            known.version, endpoint.renewed_at = target.version, monotonic()
-            if (tag := await self.tag(endpoint)) != target.tag:
-                raise RunFailed(
-                    f"{endpoint.url} says it holds the weights {tag!r} after it was given {target.tag!r}",
-                    "the weights it was given", "see that no other run syncs the same server, then use --resume",
-                )  # fmt: skip
+            known.version, known.tag, endpoint.renewed_at = target.version, target.tag, monotonic()
+        await self.prove(endpoint, target)
+
+    async def prove(self, endpoint: Endpoint, target: Target) -> None:
+        """Have an endpoint that was given the target's weights show that it serves them. Its lock is held.
+
+        Raises:
+            Fault: it could not be asked.
+            RunFailed: its tag is another, or its log-probs are.
+        """
+        if (tag := await Control(self.http, endpoint).weight_version()) != target.tag:
+            raise RunFailed(
+                f"{endpoint.url} says it holds the weights {tag!r} after it was given {target.tag!r}",
+                "the weights it was given", "see that no other run syncs the same server, then use --resume",
+            )  # fmt: skip
         gap = await target.probe(endpoint)
         if gap > target.tolerance:
             gap = await target.probe(endpoint)  # once more: a single answer may be a single mistake
@@ -207,30 +220,8 @@ class Samplers:
                 f"{endpoint.url} does not serve the trainer's weights: after the sync to version {target.version} the "
                 f"log-probs of a fixed text differ by {gap:.3g} a token in the mean",
                 f"at most {target.tolerance:g} (rollout.sync_tolerance)",
-                "see docs/serving.md (weights for servers that sample), then continue with --resume",
+                "see docs/serving.md (weights of the sampler), then continue with --resume",
             )
-
-    async def tag(self, endpoint: Endpoint) -> str:
-        """What an endpoint calls its weights.
-
-        Raises:
-            Fault: no answer.
-            Refused: it has no such route.
-        """
-        status, _, body, _ = await self.http.ask(
-            "GET", f"{endpoint.url.root}/weight_info", key=endpoint.key, max_bytes=1 << 16
-        )
-        if status == 404:
-            raise Refused(
-                f"{endpoint.url.root}/weight_info answers 404", "a server whose weights can be replaced",
-                "start it with VLLM_SERVER_DEV_MODE=1 (scope serve student does)",
-            )  # fmt: skip
-        if status != 200:
-            raise Fault(f"status {status}", "GET /weight_info")
-        try:
-            return str(json.loads(body)["weight_version"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise BadAnswer("GET /weight_info has no weight_version") from None
 
     def lock(self, endpoint: Endpoint) -> asyncio.Lock:
         """Held by whoever changes an endpoint's weights or asks what they are. The sync sets ``target`` first, then
@@ -253,7 +244,11 @@ class Samplers:
             await asyncio.sleep(QUIET_S)
         for live in known.live:
             live.mark(version)
-        known.version = version
+        known.version, known.tag = version, None if self.target is None else self.target.tag
+
+    def forget(self, endpoint: Endpoint) -> None:
+        """What it holds, and whether it is paused, is not known: ``confirm`` will bring it to the target."""
+        self._known[endpoint].version = None
 
     def version(self, endpoint: Endpoint) -> int | None:
         """Optimiser steps behind the weights that it holds, as far as the sync has said."""

@@ -134,17 +134,28 @@ class HttpClient:
         atexit.register(self.close)
 
     async def ask(
-        self, method: str, url: str, *, key: Secret | None, body: dict[str, Any] | None = None, max_bytes: int
+        self,
+        method: str,
+        url: str,
+        *,
+        key: Secret | None,
+        body: dict[str, Any] | None = None,
+        max_bytes: int,
+        total_s: float | None = None,
     ) -> tuple[int, httpx.Headers, bytes, float]:
         """One request. Returns status, headers, body, and when at the latest its connection was opened.
+
+        Args:
+            total_s: for all of it; None: ``read_timeout_s``.
 
         Raises:
             Fault: no complete answer: connection, timeout, or more than ``max_bytes``.
         """
-        late = f"no whole answer in {self.read_timeout_s:g} s"
+        total_s = self.read_timeout_s if total_s is None else total_s
+        late = f"no whole answer in {total_s:g} s"
         # httpx has a limit for each read; a server that drips bytes is stopped by this one.
         with _as_faults(late, late):
-            async with asyncio.timeout(self.read_timeout_s), self._send(method, url, key, body) as response:
+            async with asyncio.timeout(total_s), self._send(method, url, key, body, total_s) as response:
                 opened_at = self._opened_at(response)
                 return response.status_code, response.headers, await _all_of(response, max_bytes), opened_at
 

@@ -143,11 +143,11 @@ def plan_launch(
         argv += ["--tokenizer", served.tokenizer]
     if served.trust_remote_code:
         argv.append("--trust-remote-code")
-    argv += _flags(config, kind, flags, served)
+    argv += _flags(config, kind, flags, served, on_cpu=on_cpu)
     if kind == "student":
         argv += ["--worker-extension-cls", EXTENSION]
-        if config.rollout.sync != "files":
-            argv += ["--weight-transfer-config", json.dumps({"backend": config.rollout.sync})]
+        # Idle unless rollout.sync asks for it; a server need not be started again for another way of syncing.
+        argv += ["--weight-transfer-config", json.dumps({"backend": "scope"})]
         if config.rollout.colocated:
             argv.append("--enable-sleep-mode")
     argv += [*flags.extra_args]
@@ -251,7 +251,7 @@ def _check_exposure(
     return []
 
 
-def _flags(config: Config, kind: Kind, flags: ServerFlags, served: Served) -> list[str]:
+def _flags(config: Config, kind: Kind, flags: ServerFlags, served: Served, *, on_cpu: bool) -> list[str]:
     context = flags.max_model_len or context_needed(config, kind)
     if flags.max_model_len is None and served.context is not None:
         context = min(context, served.context)
@@ -263,6 +263,10 @@ def _flags(config: Config, kind: Kind, flags: ServerFlags, served: Served) -> li
     words += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
     if kind == "teacher":
         words.append("--enable-chunked-prefill")
+    elif on_cpu:
+        # vLLM rewinds the generator of a seeded request whose prefill is split; torch's for the CPU cannot, and the
+        # server would end (weights that change in flight have many prefixes computed anew at once).
+        words.append("--no-enable-chunked-prefill")
     for option, value in (
         ("--max-num-batched-tokens", chunk),
         ("--max-num-seqs", flags.max_num_seqs),
@@ -309,8 +313,10 @@ def _environment(
 
 def root_cause(lines: Sequence[str], limit: int = 400) -> str:
     """What killed a server, from the last lines of its log: the first error named there, else the last lines."""
-    named = [line for line in lines if _names_an_error(line)]
-    chosen = list(dict.fromkeys([named[0], named[-1]])) if named else [*lines[-3:]]
+    named = [place for place, line in enumerate(lines) if _names_an_error(line)]
+    # pydantic tells what is wrong on the next line.
+    found = [" ".join(lines[place : place + 2 if "validation error" in lines[place] else place + 1]) for place in named]
+    chosen = list(dict.fromkeys([found[0], found[-1]])) if found else [*lines[-3:]]
     text = " ... ".join(" ".join(line.split()) for line in chosen)
     return text if len(text) <= limit else f"{text[: limit - 4]} ..."
 

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TextIO
@@ -31,6 +31,8 @@ from scope_opd.serving.secrets import HIDDEN, Secret
 
 GRACE_S = 20.0
 """What a server has between SIGTERM and SIGKILL."""
+SETTLE_S = 3.0
+"""What its workers have to clean up after it has ended."""
 TAIL_LINES = 400
 _PR_SET_PDEATHSIG = 1
 _PROBE = """
@@ -62,8 +64,12 @@ class Interpreter:
     on_cpu: bool
 
 
-def find_interpreter(python: str | None) -> Interpreter:
+def find_interpreter(python: str | None, environment: Mapping[str, str]) -> Interpreter:
     """Look at the interpreter that ``serving.python`` names; None is this one.
+
+    Args:
+        python: a path, or a name to be looked for.
+        environment: what ``serving.env`` sets; the shell's PYTHONPATH does not count, as for the server itself.
 
     Raises:
         ConfigError: there is none, it does not run, or it has no vLLM.
@@ -73,10 +79,15 @@ def find_interpreter(python: str | None) -> Interpreter:
     remedy = "set serving.python to the interpreter of an environment with vLLM (docs/serving.md)"
     if path is None:
         raise ConfigError(f"{shown}: no such program", "a Python interpreter", remedy)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     try:
         answer = subprocess.run(
-            [path, "-c", _PROBE], env=environment, capture_output=True, text=True, timeout=60, check=True
+            [path, "-c", _PROBE],
+            env=inherited | dict(environment),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
         )
         found = json.loads(answer.stdout)
         versions: dict[str, str] = found["versions"]
@@ -203,7 +214,7 @@ class ServerProcess:
         """The error for a server that ended by itself."""
         end = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         assert end is not None
-        self._pump.join(2.0)
+        self._pump.join(SETTLE_S)
         by_itself = end.si_code == os.CLD_EXITED
         how = f"exit code {end.si_status}" if by_itself else f"signal {signal.Signals(end.si_status).name}"
         found = f"the server ended {when} ({how}): {self._last()}"
@@ -221,11 +232,12 @@ class ServerProcess:
                 os.kill(self.pid, signal.SIGTERM)  # vLLM ends its own workers; what it leaves is killed below
             while not self.ended() and time.monotonic() < end and asked() <= before:
                 time.sleep(0.05)
+        self._pump.join(SETTLE_S)  # the log ends with the last process that holds it: none is left to kill
         if self._process.returncode is None:  # not reaped: the group's id cannot be another's yet
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
             self._process.wait()
-        self._pump.join(5.0)
+            self._pump.join(SETTLE_S)
 
     def _last(self) -> str:
         return root_cause(list(self.tail)) or "nothing"

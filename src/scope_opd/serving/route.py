@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,9 +23,8 @@ from scope_opd.serving.vllm import parse_models, parse_sample, sample_body
 from scope_opd.types import SamplingParams
 
 Answer = TypeVar("Answer")
-_MODE = SamplingParams(n=1, temperature=1e4, max_tokens=8, stop_token_ids=(), seed=0, top_k=2)
-"""Draws that show which log-probs a server reports: at this temperature two tokens that top-k leaves are even."""
-_EVEN = 0.01
+_MODE = SamplingParams(n=1, temperature=1.0, max_tokens=4, stop_token_ids=(), seed=0)
+_CERTAIN = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +144,8 @@ async def refuse_unprotected(pool: Pool, endpoint: Endpoint) -> None:
 async def reports_sampled_logprobs(pool: Pool, endpoint: Endpoint, prompt: Sequence[int]) -> bool:
     """Whether a server's log-probs are those of the distribution that sampled.
 
-    Draws with top-k 2 at a very high temperature: the two tokens are even, so that most log-probs are -ln 2 (ties can
-    leave more than two). Log-probs of the model as it is would be that only by chance.
+    Allows one token alone: it is certain then, so that its log-prob is 0 in the distribution that samples. In the
+    model's own it is anything.
 
     Args:
         pool, endpoint: whom to ask.
@@ -160,12 +158,11 @@ async def reports_sampled_logprobs(pool: Pool, endpoint: Endpoint, prompt: Seque
     try:
         reply = await pool.exchange(
             endpoint, "/completions", lambda body: parse_sample(body, prompt, _MODE),
-            body=sample_body(prompt, _MODE, endpoint.model, 0),
+            body={**sample_body(prompt, _MODE, endpoint.model, 0), "allowed_token_ids": [prompt[0]]},
         )  # fmt: skip
     except RowRefused as error:
         raise Refused(str(error), "a sample", f"check {endpoint.names.url}") from None
-    even = sum(abs(value + math.log(2.0)) < _EVEN for value in reply.value.logprobs)
-    return 2 * even > len(reply.value.logprobs)
+    return min(reply.value.logprobs) > -_CERTAIN
 
 
 def sample_seed(seed: int, step: int, sample: int, prompt_id: str) -> int:

@@ -75,8 +75,11 @@ def token_hash(token_ids: Sequence[int]) -> str:
 
 
 def score_body(request: ScoreRequest, model: str) -> dict[str, Any]:
-    """The body of POST {base}/completions that has a sequence scored."""
-    return {**_plain(model, request.token_ids), "max_tokens": 1, "seed": 0, "prompt_logprobs": request.top_k}
+    """The body of POST {base}/completions that has a sequence scored.
+
+    Without a seed: a seeded request whose prefill is split ends a vLLM server on a CPU.
+    """
+    return {**_plain(model, request.token_ids), "max_tokens": 1, "prompt_logprobs": request.top_k}
 
 
 def sample_body(

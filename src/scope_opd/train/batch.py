@@ -8,14 +8,14 @@ Not covered: packing of several rollouts into a row, dealing to ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from scope_opd.credit import trained_tokens
 from scope_opd.models.batching import microbatches, pad_right, padding_share, response_positions
-from scope_opd.objective.aggregate import coefficients
+from scope_opd.objective.aggregate import coefficients, denominator, undivided
 from scope_opd.objective.methods import Aggregation
 from scope_opd.types import Rollout
 
@@ -64,11 +64,14 @@ class Batch:
         micro: the micro-batches, a function of the rollouts' lengths alone; empty when nothing is unmasked.
         tokens: tokens that enter the loss.
         padding: share of padding in all micro-batches together.
+        divide_by: the step's denominator, for loss and gradient in the end, where the micro-batches hold undivided
+            numbers; None where it is folded in.
     """
 
     micro: list[MicroBatch]
     tokens: int
     padding: float
+    divide_by: float | None = None
 
 
 def make_batch(
@@ -90,30 +93,73 @@ def make_batch(
     Raises:
         ValueError: a rollout that was not credited, or one with distill != 0 and no teacher log-probs (its id).
     """
-    for rollout in rollouts:
-        if rollout.reinforce is None or rollout.distill is None:
-            raise ValueError(f"rollout {rollout.id!r} has no credit; expected reinforce and distill")
-        if rollout.distill and not rollout.masked and rollout.teacher_logprobs is None:
-            raise ValueError(f"rollout {rollout.id!r} has distill = {rollout.distill} and no teacher log-probs")
-    groups: dict[str, int] = {}
-    reinforce, distill = coefficients(
-        torch.tensor([rollout.reinforce for rollout in rollouts], dtype=torch.float64),
-        torch.tensor([rollout.distill for rollout in rollouts], dtype=torch.float64),
-        torch.tensor([trained_tokens(rollout) for rollout in rollouts], dtype=torch.long),
-        torch.tensor([rollout.masked for rollout in rollouts], dtype=torch.bool),
-        torch.tensor([groups.setdefault(rollout.group, len(groups)) for rollout in rollouts], dtype=torch.long),
-        aggregation,
-    )
-    live = [index for index, rollout in enumerate(rollouts) if not rollout.masked and trained_tokens(rollout)]
-    lengths = [len(rollouts[index].prompt_token_ids) + len(rollouts[index].token_ids) for index in live]
+    reinforce, distill, lengths, masked = _credit(rollouts)
+    reinforce, distill = coefficients(reinforce, distill, lengths, masked, _groups(rollouts), aggregation)
+    live, sizes = _live(rollouts)
     if cut is None:
-        batches = microbatches(lengths, max_tokens)
-        padding = padding_share(lengths, batches)
+        batches = microbatches(sizes, max_tokens)
+        padding = padding_share(sizes, batches)
         cut = [[live[index] for index in batch] for batch in batches]
     else:
         padding = 0.0
     micro = [_micro_batch(rollouts, indices, reinforce, distill) for indices in cut]
     return Batch(micro, sum(batch.rollout.numel() for batch in micro), padding)
+
+
+def make_part(
+    rollouts: Sequence[Rollout], places: Sequence[int], *, aggregation: Aggregation, max_tokens: int
+) -> list[MicroBatch]:
+    """Micro-batches of some of a step's rollouts, with numbers that are not divided by the step's denominator.
+
+    Args:
+        rollouts: credited, whole groups.
+        places: their indices within the step.
+        aggregation: one of ``objective.aggregate.ONE_DENOMINATOR``.
+        max_tokens: as for ``make_batch``.
+
+    Raises:
+        ValueError: as ``make_batch``.
+    """
+    reinforce, distill = undivided(*_credit(rollouts), aggregation)
+    live, sizes = _live(rollouts)
+    of_step = torch.tensor(places, dtype=torch.long)
+    parts = [
+        _micro_batch(rollouts, [live[index] for index in batch], reinforce, distill)
+        for batch in microbatches(sizes, max_tokens)
+    ]
+    return [replace(part, rollout=of_step[part.rollout]) for part in parts]
+
+
+def step_denominator(rollouts: Sequence[Rollout], aggregation: Aggregation) -> float:
+    """What the parts of a step are divided by in the end; of all of its rollouts."""
+    _, _, lengths, masked = _credit(rollouts)
+    return denominator(lengths, masked, _groups(rollouts), aggregation)
+
+
+def _credit(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """reinforce F64[N], distill F64[N], tokens in the loss I[N], masked bool[N]."""
+    for rollout in rollouts:
+        if rollout.reinforce is None or rollout.distill is None:
+            raise ValueError(f"rollout {rollout.id!r} has no credit; expected reinforce and distill")
+        if rollout.distill and not rollout.masked and rollout.teacher_logprobs is None:
+            raise ValueError(f"rollout {rollout.id!r} has distill = {rollout.distill} and no teacher log-probs")
+    return (
+        torch.tensor([rollout.reinforce for rollout in rollouts], dtype=torch.float64),
+        torch.tensor([rollout.distill for rollout in rollouts], dtype=torch.float64),
+        torch.tensor([trained_tokens(rollout) for rollout in rollouts], dtype=torch.long),
+        torch.tensor([rollout.masked for rollout in rollouts], dtype=torch.bool),
+    )
+
+
+def _groups(rollouts: Sequence[Rollout]) -> Tensor:
+    groups: dict[str, int] = {}
+    return torch.tensor([groups.setdefault(rollout.group, len(groups)) for rollout in rollouts], dtype=torch.long)
+
+
+def _live(rollouts: Sequence[Rollout]) -> tuple[list[int], list[int]]:
+    """Rollouts that go through the model, and their tokens with the prompt."""
+    live = [index for index, rollout in enumerate(rollouts) if not rollout.masked and trained_tokens(rollout)]
+    return live, [len(rollouts[index].prompt_token_ids) + len(rollouts[index].token_ids) for index in live]
 
 
 def _micro_batch(rollouts: Sequence[Rollout], indices: Sequence[int], reinforce: Tensor, distill: Tensor) -> MicroBatch:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
 from scope_opd.config import Config
-from scope_opd.train.batch import make_batch
+from scope_opd.train.early import Gathering
 from scope_opd.train.engines import Engines, TrainResult
 from scope_opd.train.session import Session
 from scope_opd.train.step import Learner
@@ -39,6 +37,7 @@ def train(config: Config, engines: Engines, *, resume: bool = False, progress: b
             with run.one_step():
                 run.publish()
                 prompts = engines.schedule.batch(run.step)
+                gathering = Gathering(engines, learner, config.train, prompts)
                 collected = engines.pipeline.collect(
                     prompts,
                     engines.sampling,
@@ -46,19 +45,18 @@ def train(config: Config, engines: Engines, *, resume: bool = False, progress: b
                     policy_version=run.policy_version,
                     on_phase=run.phase,
                     on_progress=run.inside,
+                    on_groups=run.early(gathering.early),
                 )
-                run.release()
-                began = time.perf_counter()
-                with run.updating():
-                    verdicts = engines.credit(collected.rollouts)
-                    batch = make_batch(
-                        collected.rollouts,
-                        aggregation=engines.surrogate.aggregation,
-                        max_tokens=config.train.max_tokens_per_microbatch,
-                    )
+                with run.update():
+                    verdicts, batch = gathering.complete(collected.rollouts)
                     outcome = learner.update(
-                        batch, run.lr, on_phase=run.phase, on_progress=run.inside, before_change=run.before_change
+                        batch,
+                        run.lr,
+                        begun=gathering.begun,
+                        on_phase=run.phase,
+                        on_progress=run.inside,
+                        before_change=run.before_change,
                     )
-                run.log(collected, verdicts, batch, outcome, update_s=time.perf_counter() - began)
+                run.log(collected, verdicts, batch, outcome)
             run.boundary()
         return run.finish()

@@ -22,7 +22,7 @@ from scope_opd.pipeline import StageStats, Timeline
 from scope_opd.pipeline.timeline import shortened
 from scope_opd.records import rollout_to_dict
 from scope_opd.train.batch import Batch
-from scope_opd.train.step import Outcome
+from scope_opd.train.outcome import Outcome
 from scope_opd.types import Rollout
 
 SPANS_A_ROW = 256

@@ -19,7 +19,7 @@ import transformers
 
 from scope_opd.config import Config
 from scope_opd.errors import DataError, RunFailed, RunFolderError
-from scope_opd.pipeline import Collected
+from scope_opd.pipeline import Collected, GroupsHook
 from scope_opd.tracking import Tracker, open_trackers
 from scope_opd.tracking.base import RunDescription, numbers
 from scope_opd.train.alarms import Alarms
@@ -42,6 +42,7 @@ from scope_opd.train.resume import refuse_other_config, refuse_other_data, refus
 from scope_opd.train.runfolder import RunFolder
 from scope_opd.train.signals import Interrupted, RunInterrupted, Signals
 from scope_opd.train.step import Learner, Outcome
+from scope_opd.types import Rollout
 
 # Entries of an evaluation's row that say how it was taken, not how it came out.
 _NO_FIGURES = {"step", "policy_version", "temperature", "problems", "n", "sampling"}
@@ -209,17 +210,25 @@ class Session:
         self._sync_s += self.timeline.now() - began
         self._asleep = False
 
-    def release(self) -> None:
-        """Generation is over: samplers on the trainer's own device make room for the update."""
+    @contextmanager
+    def update(self) -> Iterator[None]:
+        """A stretch of the update's own work. Generation is over: samplers on the trainer's device make room."""
         if self.engines.publisher is not None and not self._asleep:
             self.engines.publisher.release()
             self._asleep = True
-
-    @contextmanager
-    def updating(self) -> Iterator[None]:
-        """A stretch of the update's own work: it goes into the timeline."""
         with self.timeline.busy("update", self.step):
             yield
+
+    def early(self, hook: GroupsHook | None) -> GroupsHook | None:
+        """A hook for groups that are complete while the teacher still works; its time is the update's."""
+        if hook is None:
+            return None
+
+        def begin(groups: Sequence[Sequence[Rollout]]) -> None:
+            with self.update():
+                hook(groups)
+
+        return begin
 
     def phase(self, name: str) -> None:
         """A new phase begins: status.json and the display learn of it."""
@@ -245,8 +254,6 @@ class Session:
         verdicts: Sequence[bool | None],
         batch: Batch,
         outcome: Outcome,
-        *,
-        update_s: float,
     ) -> None:
         """Write the step's rows and complete it; then let the alarms ring.
 
@@ -258,7 +265,8 @@ class Session:
         rollouts, now = collected.rollouts, self.timeline.now()
         row = step_metrics(
             step=self.step, policy_version=self.policy_version, lr=self.lr, rollouts=rollouts, verdicts=verdicts,
-            stats=collected.stats, batch=batch, outcome=outcome, update_s=update_s,
+            stats=collected.stats, batch=batch, outcome=outcome,
+            update_s=self.timeline.busy_s("update", self._began, now),
             sampled_by_student=self.engines.surrogate.sampled_by == "student",
             step_s=now - self._began, sync_s=None if self.engines.publisher is None else self._sync_s,
             teacher_exposed_s=self.timeline.exposed("teacher", self._began, now),

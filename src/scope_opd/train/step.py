@@ -14,9 +14,8 @@ runs in the dtype of the parameters. Not covered: many ranks, chunked teachers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,65 +27,7 @@ from scope_opd.objective.surrogate import full_kl, reference_kl, sampler_correct
 from scope_opd.train.batch import Batch, MicroBatch
 from scope_opd.train.engines import Engines, SurrogateSettings
 from scope_opd.train.optim import Optimizer
-
-
-@dataclass(frozen=True, slots=True)
-class TokenFigures:
-    """What the first pass over a batch saw, one entry a token in the loss; on the CPU, [T].
-
-    Attributes:
-        rollout, place: the token's rollout (index within the step) and its index within the response.
-        logprobs: log pi_theta at the objective's student temperature.
-        entropy: nats, at that temperature.
-        advantage: A_t with the method's own numbers; under ``full_kl`` reinforce - distill KL_t.
-        teacher_gap: log pi_T - log pi_theta; means something only where the teacher scored.
-        mismatch: log mu - log pi_old at the sampling temperature (0 for responses that the teacher sampled).
-        capped: where c reached its cap.
-    """
-
-    rollout: Tensor
-    place: Tensor
-    logprobs: Tensor
-    entropy: Tensor
-    advantage: Tensor
-    teacher_gap: Tensor
-    mismatch: Tensor
-    capped: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What an update did.
-
-    Attributes:
-        loss, grad_norm: means over the passes; None where not finite.
-        updates: optimiser steps taken, 0 when nothing was unmasked or a number was not finite.
-        finite: whether all losses and gradients were finite.
-        broken: the rollout (index within the step) of the first token whose loss is not finite; None where every loss
-            is, whatever the gradient.
-        clipped: share of the tokens, over all passes, where a PPO clip acted.
-        kl_reference: mean k3 estimate a token; None without a reference.
-        tokens: per-token figures.
-    """
-
-    loss: float | None
-    grad_norm: float | None
-    updates: int
-    finite: bool
-    broken: int | None
-    clipped: float
-    kl_reference: float | None
-    tokens: TokenFigures
-
-
-@dataclass(slots=True)
-class _Pass:
-    """Per-token results of one micro-batch."""
-
-    loss: Tensor
-    clipped: Tensor
-    reference: Tensor
-    figures: TokenFigures
+from scope_opd.train.outcome import Begun, Outcome, Pass, TokenFigures, first_broken, join_figures
 
 
 class Learner:
@@ -122,11 +63,29 @@ class Learner:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
 
+    def begin(self, micro: Sequence[MicroBatch], begun: Begun | None = None) -> Begun:
+        """Forward and backward over a part of a step, whose numbers are not divided by the step's denominator.
+
+        Args:
+            micro: from ``make_part``.
+            begun: what this step's earlier parts left; None for the first. It is added to.
+        """
+        if begun is None:
+            self.optimizer.zero_grad()
+            begun = Begun()
+        for part in micro:
+            begun.passes.append(self._backward(part.to(self.device, self._dtype), 1, None))
+            begun.owners.append(part.rollout)
+            begun.cells += part.input_ids.numel()
+            begun.padded += part.input_ids.numel() - int(part.attention_mask.sum())
+        return begun
+
     def update(
         self,
         batch: Batch,
         lr: float,
         *,
+        begun: Begun | None = None,
         on_phase: Callable[[str], None] = lambda phase: None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
         before_change: Callable[[], None] = lambda: None,
@@ -136,34 +95,43 @@ class Learner:
         Args:
             batch: from ``make_batch``. With nothing unmasked no optimiser step is taken.
             lr: the learning rate of this step.
+            begun: parts of the step that went before; ``batch.micro`` is the rest, ``batch.divide_by`` set, and one
+                update taken.
             on_phase: told "forward_backward" and "optimiser".
             on_progress: told (micro-batches done, in all) of a pass.
             before_change: called once, right before the weights change for the first time.
         """
-        passes = self.config.updates_per_batch if batch.micro else 0
+        assert begun is None or (self.config.updates_per_batch == 1 and batch.divide_by is not None)
+        passes = self.config.updates_per_batch if batch.tokens else 0
         recorded = self._record(batch) if passes > 1 else [None] * len(batch.micro)
+        tokens = batch.tokens if batch.divide_by is None else 1
         losses, norms, figures, references, clipped = [], [], [], [], []
         updates, finite, broken = 0, True, None
         for number in range(passes):
             on_phase("forward_backward")
-            self.optimizer.zero_grad()
-            total = torch.zeros((), dtype=torch.float64, device=self.device)
-            terms: list[Tensor] = []
+            if begun is None:
+                self.optimizer.zero_grad()
+            results, owners = (list(begun.passes), list(begun.owners)) if begun else ([], [])
             for index, micro in enumerate(batch.micro):
-                result = self._backward(micro.to(self.device, self._dtype), batch.tokens, recorded[index])
-                terms.append(result.loss.detach())
-                total += terms[-1].sum().double()
+                results.append(self._backward(micro.to(self.device, self._dtype), tokens, recorded[index]))
+                owners.append(micro.rollout)
+                on_progress(index + 1, len(batch.micro))
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            for result in results:
+                total += result.loss.sum().double()
                 clipped.append(result.clipped)
                 if number == 0:
                     figures.append(result.figures)
                     references.append(result.reference)
-                on_progress(index + 1, len(batch.micro))
+            if batch.divide_by is not None:
+                total /= batch.divide_by
+                self._divide_gradient(batch.divide_by)
             norm = self._clip_gradient()
             losses.append(float(total))
             norms.append(float(norm))
             finite = math.isfinite(losses[-1]) and math.isfinite(norms[-1])
             if not finite:
-                broken = _first_broken(batch, terms)
+                broken = first_broken(owners, [result.loss for result in results])
                 break
             if number == 0:
                 before_change()
@@ -179,7 +147,7 @@ class Learner:
             broken=broken,
             clipped=float(torch.cat(clipped).double().mean()) if clipped else 0.0,
             kl_reference=float(torch.cat(references).mean()) if self.reference and references else None,
-            tokens=_join(figures),
+            tokens=join_figures(figures),
         )
 
     def gradient(self, batch: Batch) -> tuple[float, list[Tensor]]:
@@ -187,7 +155,7 @@ class Learner:
         self.optimizer.zero_grad()
         loss = 0.0
         for micro in batch.micro:
-            loss += float(self._backward(micro.to(self.device, self._dtype), batch.tokens, None).loss.detach().sum())
+            loss += float(self._backward(micro.to(self.device, self._dtype), batch.tokens, None).loss.sum())
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.optimizer.parameters]
         self.optimizer.zero_grad()
         return loss, grads
@@ -202,13 +170,14 @@ class Learner:
             recorded.append((scores.logprobs, self._correction(moved, scores)[0]))
         return recorded
 
-    def _backward(self, micro: MicroBatch, tokens: int, recorded: tuple[Tensor, Tensor] | None) -> _Pass:
+    def _backward(self, micro: MicroBatch, tokens: int, recorded: tuple[Tensor, Tensor] | None) -> Pass:
         with self._training():
             result = self._loss(micro, tokens, recorded)
             result.loss.sum().backward()
+        result.loss = result.loss.detach()
         return result
 
-    def _loss(self, micro: MicroBatch, tokens: int, recorded: tuple[Tensor, Tensor] | None) -> _Pass:
+    def _loss(self, micro: MicroBatch, tokens: int, recorded: tuple[Tensor, Tensor] | None) -> Pass:
         """The per-token losses of a micro-batch; their sum over the whole batch is the step's loss."""
         settings = self.settings
         kl: Tensor | None = None
@@ -251,7 +220,7 @@ class Learner:
             mismatch=mismatch.cpu(),
             capped=capped.cpu(),
         )
-        return _Pass(loss, terms.clipped, penalty.detach(), figures)
+        return Pass(loss, terms.clipped, penalty.detach(), figures)
 
     def _scores(self, micro: MicroBatch) -> TokenScores:
         settings = self.settings
@@ -330,6 +299,10 @@ class Learner:
         correction, capped = sampler_correction(trainer, micro.sampler, self.settings.correction_cap)
         return correction, capped, micro.sampler - trainer
 
+    def _divide_gradient(self, by: float) -> None:
+        grads = [parameter.grad for parameter in self.optimizer.parameters if parameter.grad is not None]
+        torch._foreach_div_(grads, by)
+
     def _clip_gradient(self) -> Tensor:
         """Norm of the whole gradient; clipped in place to ``grad_clip`` where it is finite."""
         grads = [parameter.grad for parameter in self.optimizer.parameters if parameter.grad is not None]
@@ -363,19 +336,3 @@ class Learner:
 def _mean(values: list[float]) -> float | None:
     mean = sum(values) / len(values)
     return mean if math.isfinite(mean) else None
-
-
-def _first_broken(batch: Batch, losses: list[Tensor]) -> int | None:
-    """The rollout of the first token whose loss is not finite."""
-    for micro, loss in zip(batch.micro, losses, strict=True):
-        places = loss.isfinite().logical_not().nonzero()
-        if places.numel():
-            return int(micro.rollout[int(places[0])])
-    return None
-
-
-def _join(figures: list[TokenFigures]) -> TokenFigures:
-    if not figures:
-        whole, real, flag = torch.zeros(0, dtype=torch.long), torch.zeros(0), torch.zeros(0, dtype=torch.bool)
-        return TokenFigures(whole, whole, real, real, real, real, real, flag)
-    return TokenFigures(*(torch.cat([getattr(item, name) for item in figures]) for name in TokenFigures.__slots__))

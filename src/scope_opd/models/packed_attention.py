@@ -1,0 +1,246 @@
+"""Attention over packs: several sequences in one row that must not see one another.
+
+A dense block-diagonal mask costs the square of the row; here every sequence costs its own square. On the CPU (and on a
+GPU without a kernel for ragged rows) the sequences of a row are put into groups of like length, each group goes through
+``scaled_dot_product_attention`` as a batch, padded on the right: with causal attention no token sees that padding. On a
+GPU in half precision the ragged row goes to torch's variable-length flash attention as it is.
+
+``enable`` registers this with transformers' attention interface under ``NAME`` and gives it to a model on ``sdpa``.
+Without a pack in its arguments it *is* ``sdpa``, masks included, so that the model goes on doing everything else as
+before; and since a layer that is computed again in the backward pass gets the same arguments, packs survive activation
+checkpointing. Not covered: attention soft-caps and biases (such models stay on their own attention, and unpacked).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "scope_packed"
+# Share of a group's cells that may be padding. Sequences of 2,048 tokens and more have work enough for a call each.
+GROUP_PADDING = 0.15
+LONG = 2048
+
+_packed: ContextVar[bool] = ContextVar("packed", default=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Sequences that go through attention together.
+
+    Attributes:
+        rows, longest: sides of the batch.
+        start: where in the row its tokens begin, if they lie there in order and without padding.
+        places: I[rows x longest], where in the row its tokens come from otherwise; for padding the sequence's last.
+    """
+
+    rows: int
+    longest: int
+    start: int
+    places: Tensor | None
+
+
+@dataclass(eq=False)
+class Layout:
+    """Lengths of the sequences of a row, and how attention takes them; made once and used by every layer."""
+
+    lengths: tuple[int, ...]
+    _groups: dict[str, tuple[list[Group], Tensor | None]] = field(default_factory=dict)
+    _bands: dict[tuple[int, int, str], Tensor] = field(default_factory=dict)
+
+    def groups(self, device: torch.device) -> tuple[list[Group], Tensor | None]:
+        """The groups, and I[N]: the cell of each token, all groups' cells in a row (None: its own place)."""
+        name = str(device)
+        if name not in self._groups:
+            starts = [0, *accumulate(self.lengths)]
+            made = [_group(self.lengths, starts, members, device) for members in _alike(self.lengths)]
+            groups = [group for group, _ in made]
+            order = None
+            if len(groups) > 1 or groups[0].places is not None:
+                offsets = [0, *accumulate(group.rows * group.longest for group in groups)]
+                order = torch.empty(starts[-1], dtype=torch.long, device=device)
+                for offset, group, (_, cells) in zip(offsets, groups, made, strict=False):
+                    order[_places(group, device)[cells]] = cells + offset
+            self._groups[name] = groups, order
+        return self._groups[name]
+
+    def band(self, longest: int, window: int, device: torch.device) -> Tensor:
+        """bool[longest, longest], True where a query sees a key: itself and the window - 1 before it."""
+        key = (longest, window, str(device))
+        if key not in self._bands:
+            places = torch.arange(longest, device=device)
+            behind = places[:, None] - places
+            self._bands[key] = (behind >= 0) & (behind < window)
+        return self._bands[key]
+
+
+def enable(model: PreTrainedModel) -> bool:
+    """Let ``model`` take packs; False where its attention cannot: it is then left as it is."""
+    current = model.config.get_text_config()._attn_implementation or ""
+    if current == NAME or "flash" in current:
+        return True
+    if current != "sdpa":
+        return False
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, _mask)
+    model.set_attn_implementation(NAME)
+    return model.config.get_text_config()._attn_implementation == NAME
+
+
+@contextmanager
+def without_masks() -> Iterator[None]:
+    """Models build no mask in here: what keeps sequences apart is the pack in their arguments."""
+    token = _packed.set(True)
+    try:
+        yield
+    finally:
+        _packed.reset(token)
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    return None if _packed.get() else sdpa_mask(*args, **kwargs)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    packed_layout: Layout | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sequence of a pack; ``sdpa`` where there is no pack.
+
+    Args:
+        query: F[1, heads, N, D]; key, value: F[1, key-value heads, N, D].
+        sliding_window: keys that a query sees at most, itself included.
+        packed_layout: the sequences of the row.
+        cu_seq_lens_q: I32[B + 1], the same for kernels.
+
+    Returns:
+        F[1, N, heads, D], None.
+    """
+    if packed_layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, sliding_window=sliding_window, **kwargs
+        )
+    assert attention_mask is None
+    assert query.shape[0] == 1
+    assert query.shape[2] == sum(packed_layout.lengths)
+    row = tuple(part[0].transpose(0, 1) for part in (query, key, value))  # [N, heads, D]
+    kernel = _ragged_kernel() if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else None
+    if kernel is not None and not dropout:
+        longest = max(packed_layout.lengths)
+        return kernel(*row, cu_seq_lens_q, longest, scaling, sliding_window)[None], None
+    groups, order = packed_layout.groups(query.device)
+    cells = [_attend(row, group, packed_layout, sliding_window, scaling, dropout) for group in groups]
+    if order is None:
+        return cells[0][None], None
+    return torch.cat(cells).index_select(0, order)[None], None
+
+
+def _attend(
+    row: tuple[Tensor, ...], group: Group, layout: Layout, window: int | None, scaling: float | None, dropout: float
+) -> Tensor:
+    """F[rows x longest, heads, D] of one group."""
+    size = group.rows * group.longest
+
+    def batch(part: Tensor) -> Tensor:
+        taken = part[group.start : group.start + size] if group.places is None else part.index_select(0, group.places)
+        return taken.unflatten(0, (group.rows, group.longest)).transpose(1, 2)
+
+    query, key, value = map(batch, row)
+    band = layout.band(group.longest, window, query.device) if window and window < group.longest else None
+    out = scaled_dot_product_attention(
+        query, key, value, attn_mask=band, dropout_p=dropout, is_causal=band is None and group.longest > 1,
+        scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _alike(lengths: tuple[int, ...]) -> list[list[int]]:
+    """Sequences by groups of like length, longest first: at most ``GROUP_PADDING`` of a group is padding."""
+    groups: list[list[int]] = []
+    longest = total = 0
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        length = lengths[index]
+        if groups and longest < LONG:
+            padded = (len(groups[-1]) + 1) * longest
+            if padded - total - length <= GROUP_PADDING * padded:
+                groups[-1].append(index)
+                total += length
+                continue
+        groups.append([index])
+        longest = total = length
+    return groups
+
+
+def _group(
+    lengths: tuple[int, ...], starts: list[int], members: list[int], device: torch.device
+) -> tuple[Group, Tensor]:
+    """A group, and those of its cells that are tokens, I[tokens]."""
+    longest = lengths[members[0]]
+    place = torch.arange(longest, device=device)
+    sizes = torch.tensor([lengths[index] for index in members], device=device)[:, None]
+    cells = (place < sizes).flatten().nonzero()[:, 0]
+    consecutive = all(right == left + 1 for left, right in pairwise(members))
+    if consecutive and lengths[members[-1]] == longest:
+        return Group(len(members), longest, starts[members[0]], None), cells
+    begin = torch.tensor([starts[index] for index in members], device=device)[:, None]
+    return Group(len(members), longest, 0, (begin + torch.minimum(place, sizes - 1)).flatten()), cells
+
+
+def _places(group: Group, device: torch.device) -> Tensor:
+    if group.places is not None:
+        return group.places
+    return torch.arange(group.start, group.start + group.rows * group.longest, device=device)
+
+
+@functools.cache
+def _ragged_kernel() -> Callable[..., Tensor] | None:
+    """Torch's flash attention over ragged rows, where this torch has it with everything that is needed here."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= set(known):
+        return None
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scaling: float | None,
+        window: int | None,
+    ) -> Tensor:  # fmt: skip
+        grouped: dict[str, Any] = {}
+        if query.shape[1] != key.shape[1]:
+            if "enable_gqa" in known:
+                grouped["enable_gqa"] = True
+            else:
+                repeats = query.shape[1] // key.shape[1]
+                key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
+        found = varlen_attn(
+            query.contiguous(), key.contiguous(), value.contiguous(), boundaries, boundaries, longest, longest,
+            scale=scaling, window_size=(window - 1 if window else -1, 0), **grouped,
+        )  # fmt: skip
+        assert isinstance(found, Tensor)
+        return found
+
+    return attend
