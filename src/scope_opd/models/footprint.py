@@ -27,7 +27,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from scope_opd.errors import ModelError
-from scope_opd.models.head import HeadView, Tail, _tails, response_logprobs, score_hidden
+from scope_opd.models.head import HeadView, Tail, TokenScores, _tails, response_logprobs, score_hidden
 
 ATTENTION = "scope_footprint"
 SHALLOW = (3, 4)
@@ -305,6 +305,9 @@ class _TakenApart(HeadView):
 
     def _find_tail(self) -> Tail | None:
         return next(_tails(self.model.config.get_text_config()))
+
+    def fused(self, hidden: Tensor, targets: Tensor, temperature: float, **options: Any) -> TokenScores:
+        return super().fused(hidden, targets, temperature, dry=True, **options)
 
 
 @dataclass(slots=True)
