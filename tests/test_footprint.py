@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from scope_opd.config import TrainConfig
 from scope_opd.errors import ModelError
 from scope_opd.models.footprint import Watch, forward_flops, run_update, scoring_moments, shape_of, update_moments
-from scope_opd.models.head import HeadView
+from scope_opd.models.head import HeadView, response_logprobs
 from scope_opd.models.memory import DRAW_BYTES, Layout, Student, Updates, cache_bytes, largest, resident
 from scope_opd.models.shapes import published_config
 from scope_opd.rollout.local import draw
@@ -45,6 +47,13 @@ def totals(moments: Any) -> dict[str, int]:
     return {name: sum(parts.values()) for name, parts in moments.items()}
 
 
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four chunks of tokens x six blocks of the vocabulary, the last of each smaller."""
+    monkeypatch.setattr("scope_opd.models.head.KEPT_LOGITS", 100_000)
+    monkeypatch.setattr("scope_opd.objective.chunked.TILE_TOKENS", 120)
+    monkeypatch.setattr("scope_opd.objective.chunked.TILE_VOCABULARY", 512)
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 class TestAgainstTheRealModel:
     @pytest.mark.parametrize(("rows", "checkpointing"), [(1, False), (3, True)])
@@ -60,6 +69,36 @@ class TestAgainstTheRealModel:
         watch.detach()
         planned = update_moments(config, TOKENS, rows=rows, checkpointing=checkpointing)
         assert totals(planned) == totals(watch.moments)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+    def test_so_they_are_where_log_probs_come_in_tiles(
+        self, family: str, dtype: torch.dtype, autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        small_tiles(monkeypatch)
+        config = CONFIGS[family]
+        model = real(config, dtype)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        watch = Watch(model)
+        run_update(HeadView(model), watch, TOKENS, autocast=autocast, extra_temperature=0.6)
+        watch.detach()
+        planned = update_moments(config, TOKENS, dtype=dtype, autocast=autocast, extra_temperature=0.6)
+        assert totals(planned) == totals(watch.moments)
+
+    def test_so_are_those_of_scoring_in_tiles(self, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        small_tiles(monkeypatch)
+        config = CONFIGS[family]
+        model = real(config)
+        ids = torch.zeros(1, TOKENS, dtype=torch.long)
+        places = torch.stack((torch.zeros(TOKENS - 1, dtype=torch.long), torch.arange(1, TOKENS)), dim=1)
+        watch, view = Watch(model), HeadView(model)
+        with watch, torch.no_grad():
+            watch.moment = "head"
+            response_logprobs(view, ids, None, places)
+        watch.detach()
+        planned = scoring_moments(config, TOKENS)
+        assert totals(planned)["head"] == totals(watch.moments)["head"]
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_what_is_kept_is_what_autograd_saves(self, family: str, dtype: torch.dtype) -> None:
@@ -97,14 +136,6 @@ class TestDepthAndLength:
             for layers in (3, 12)
         }
         assert held[3]["backward"] == held[12]["backward"]
-
-    def test_two_traces_give_any_length(self) -> None:
-        config = Qwen3Config(**{**SIZES, "vocab_size": 60_000}, tie_word_embeddings=False)
-        updates = Updates(Student(config, shape_of(config)), Layout())
-        direct = update_moments(config, 8000)
-        peak_bytes = max(totals(direct).values())
-        interpolated = updates.stage(8000).total - sum(updates.fixed.values())
-        assert interpolated == pytest.approx(peak_bytes, rel=2e-3)
 
     def test_memory_grows_with_every_token(self) -> None:
         config = CONFIGS["llama"]
@@ -212,9 +243,21 @@ class TestArithmetic:
         assert "gathered weights" not in Updates(student, Layout(1, sharded=True)).stage(1024).parts
 
     def test_the_largest_that_fits_is_found(self) -> None:
-        assert largest(lambda tokens: tokens <= 1000, 1 << 20) == 896
-        assert largest(lambda tokens: False, 1 << 20) == 0
-        assert largest(lambda tokens: True, 1 << 20) == 1 << 20
+        assert largest(lambda tokens: tokens, 1000, 1 << 20) == 896
+        assert largest(lambda tokens: tokens, 127, 1 << 20) == 0
+        assert largest(lambda tokens: tokens, 1 << 20, 1 << 20) == 1 << 20
+
+    @given(st.integers(1, 1 << 20), st.integers(1, 2000), st.integers(0, 1 << 20))
+    def test_the_largest_that_fits_is_found_whatever_bends(self, fits: int, slope: int, bend: int) -> None:
+        calls = []
+
+        def size(tokens: int) -> int:
+            calls.append(tokens)
+            return tokens + slope * max(tokens - bend, 0)
+
+        found = largest(size, size(fits), 1 << 20)
+        assert found == fits // 128 * 128
+        assert len(calls) <= 1 + 2 + 3 * 13
 
     def test_forward_flops_of_short_sequences_are_two_a_weight(self) -> None:
         shape = shape_of(published_config("Qwen/Qwen3-8B"))

@@ -362,7 +362,7 @@ def _largest(
     from scope_opd.models.memory import largest
 
     room = machine.memory - machine.reserve
-    found.largest_microbatch = largest(lambda tokens: updates.estimate(tokens).total <= room, CEILING)
+    found.largest_microbatch = largest(lambda tokens: updates.stage(tokens).total, room, CEILING)
     prompt = config.data.max_prompt_tokens
     responses = {"the update": found.largest_microbatch - prompt}
     responses |= {f"the {name}": limit - prompt for name, limit in limits.items() if limit is not None}

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import torch
 
-from scope_opd.models.footprint import Moments, Shape, peak, scoring_moments, update_moments
-from scope_opd.models.head import CHUNK_LOGITS
+from scope_opd.models.footprint import Moments, Shape, peak, scoring_moments, shape_of, update_moments
+from scope_opd.models.head import KEPT_LOGITS
 
 Parts = dict[str, int]
 
@@ -112,10 +112,7 @@ def resident(student: Student, layout: Layout, frozen: Parts) -> Parts:
 
 
 class Updates:
-    """The update's memory by the tokens of a micro-batch.
-
-    Every part is affine in them, once with log-probs of one chunk and once with those of several, so that two traces of
-    each kind serve all sizes.
+    """The update's memory by the tokens of a micro-batch; each size is traced once.
 
     Args:
         student, layout: what is trained, and where.
@@ -128,28 +125,17 @@ class Updates:
     ) -> None:
         self.student, self.layout, self.reference = student, layout, reference
         self.fixed = resident(student, layout, frozen or {}) | {"gradients": layout.share(student.weights)}
-        self._chunk = max(CHUNK_LOGITS // student.shape.vocabulary, 4)
-        self._known: dict[int, Moments] = {}
+        self._known: dict[int, Stage] = {}
 
     def stage(self, tokens: int) -> Stage:
-        """With micro-batches of one row of ``tokens``, all but the first of them in the loss; short ones are traced."""
-        return self._stage(self._trace(tokens)) if tokens <= 2 * self._chunk + 128 else self.estimate(tokens)
+        """With micro-batches of up to ``tokens`` in one row, all but the first of them in the loss."""
+        return max((self.exactly(size) for size in dearest(self.student.shape, tokens)), key=lambda stage: stage.total)
 
-    def estimate(self, tokens: int) -> Stage:
-        """The same from the two straight lines alone."""
-        chunk = self._chunk
-        low, high = (chunk // 2, chunk) if tokens <= chunk else (chunk + 128, 2 * chunk + 128)
-        first, second = self._trace(low), self._trace(high)
-        moments: Moments = {}
-        for name, parts in second.items():
-            at_low = first.get(name, parts)
-            moments[name] = Counter(
-                {
-                    part: max(round(line(at_low.get(part, 0), size, low, high, tokens)), 0)
-                    for part, size in parts.items()
-                }
-            )
-        return self._stage(moments)
+    def exactly(self, tokens: int) -> Stage:
+        """With micro-batches of just so many."""
+        if tokens not in self._known:
+            self._known[tokens] = self._stage(self._trace(tokens))
+        return self._known[tokens]
 
     def _stage(self, moments: Moments) -> Stage:
         moments = {**moments, "optimiser": _optimiser_moment(self.student, self.layout)}
@@ -157,23 +143,26 @@ class Updates:
         return Stage("update", self.fixed | {name: size for name, size in parts.items() if size}, moment)
 
     def _trace(self, tokens: int) -> Moments:
-        if tokens not in self._known:
-            student = self.student
-            moments = update_moments(
-                student.config, tokens, dtype=student.dtype, autocast=student.autocast,
-                checkpointing=student.checkpointing, temperature=student.temperature,
-                extra_temperature=student.extra_temperature,
-            )  # fmt: skip
-            if self.reference:
-                _, theirs = peak(_scoring(student, tokens))
-                moments["reference"] = Counter({**moments["kept"], "reference's pass": sum(theirs.values())})
-            self._known[tokens] = moments
-        return self._known[tokens]
+        student = self.student
+        moments = update_moments(
+            student.config, tokens, dtype=student.dtype, autocast=student.autocast,
+            checkpointing=student.checkpointing, temperature=student.temperature,
+            extra_temperature=student.extra_temperature,
+        )  # fmt: skip
+        if self.reference:
+            _, theirs = peak(_scoring(student, tokens))
+            moments["reference"] = Counter({**moments["kept"], "reference's pass": sum(theirs.values())})
+        return moments
 
 
-def line(first: float, second: float, low: int, high: int, at: int) -> float:
-    """The straight line through (low, first) and (high, second)."""
-    return first + (second - first) * (at - low) / (high - low)
+def dearest(shape: Shape, tokens: int) -> list[int]:
+    """Sizes of a row of up to ``tokens``, one of which takes the most memory.
+
+    Memory grows with every token but where logits are no longer kept whole (``KEPT_LOGITS``): a row that is just short
+    enough for that may take more than one a little longer.
+    """
+    kept = 1 + max(KEPT_LOGITS // shape.vocabulary, 1)  # the row's first token is not predicted
+    return [tokens] if tokens <= kept else [kept, tokens]
 
 
 def prefill_bytes(student: Student, prompts: int, prompt_tokens: int) -> int:
@@ -229,17 +218,35 @@ def generation_stage(
 def scoring_stage(
     student: Student, layout: Layout, teacher: Any, dtype: torch.dtype, tokens: int, frozen: Parts
 ) -> Stage:
-    """An in-process teacher's pass over ``tokens``; its weights are among ``frozen``."""
-    moment, parts = peak(scoring_moments(teacher, tokens, dtype=dtype))
+    """An in-process teacher's pass over up to ``tokens``; its weights are among ``frozen``."""
+    sizes = dearest(shape_of(teacher), tokens)
+    found = (peak(scoring_moments(teacher, size, dtype=dtype)) for size in sizes)
+    moment, parts = max(found, key=lambda at: sum(at[1].values()))
     return Stage("scoring", resident(student, layout, frozen) | {"teacher's pass": sum(parts.values())}, moment)
 
 
-def largest(fits: Callable[[int], bool], ceiling: int, step: int = 128) -> int:
-    """The largest multiple of ``step`` up to ``ceiling`` that fits, 0 where none does; ``fits`` must be monotone."""
-    low, high = 0, ceiling // step
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle * step) else (low, middle - 1)
+def largest(size: Callable[[int], int], room: int, ceiling: int, step: int = 128) -> int:
+    """The largest multiple of ``step`` up to ``ceiling`` whose ``size`` is at most ``room``; 0 where none is.
+
+    ``size`` must never fall. It is called seldom, for it is nearly a straight line: the line through the bracket's ends
+    says where to look, its neighbour whether that was the end, and the middle keeps the search short where it bends.
+    """
+    low, high = 1, ceiling // step
+    at_low, at_high = size(low * step), size(high * step)
+    if at_high <= room:
+        return high * step
+    if at_low > room:
+        return 0
+    while high - low > 1:
+        on_line = low + int((room - at_low) / (at_high - at_low) * (high - low))
+        for guess in (on_line, on_line + 1, (low + high) // 2):
+            if not low < guess < high:
+                continue
+            found = size(guess * step)
+            if found <= room:
+                low, at_low = guess, found
+            else:
+                high, at_high = guess, found
     return low * step
 
 
