@@ -65,7 +65,7 @@ def plan(name: str) -> dict[str, Any]:
         temperature=0.6,
     )  # fmt: skip
     begin = time.perf_counter()
-    stage = Updates(student, Layout()).stage(tokens)
+    stage = Updates(student, Layout()).exactly(tokens)  # both micro-batches have just so many
     return {
         "growth": stage.total - student.weights,
         "weights": student.weights,

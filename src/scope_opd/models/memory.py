@@ -229,7 +229,7 @@ def largest(size: Callable[[int], int], room: int, ceiling: int, step: int = 128
     """The largest multiple of ``step`` up to ``ceiling`` whose ``size`` is at most ``room``; 0 where none is.
 
     ``size`` must never fall. It is called seldom, for it is nearly a straight line: the line through the bracket's ends
-    says where to look, its neighbour whether that was the end, and the middle keeps the search short where it bends.
+    says where to look, its neighbour whether that was the end. Where it bends, every other round takes the middle too.
     """
     low, high = 1, ceiling // step
     at_low, at_high = size(low * step), size(high * step)
@@ -237,9 +237,11 @@ def largest(size: Callable[[int], int], room: int, ceiling: int, step: int = 128
         return high * step
     if at_low > room:
         return 0
+    straight = True
     while high - low > 1:
         on_line = low + int((room - at_low) / (at_high - at_low) * (high - low))
-        for guess in (on_line, on_line + 1, (low + high) // 2):
+        straight = not straight
+        for guess in (on_line, on_line + 1, *([(low + high) // 2] if straight else [])):
             if not low < guess < high:
                 continue
             found = size(guess * step)
