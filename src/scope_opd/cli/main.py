@@ -30,6 +30,7 @@ from scope_opd.errors import ScopeError
 COMMANDS = {
     "demo": "demo:demo",
     "train": "train_command:train",
+    "plan": "plan_command:plan",
     "serve": "serve_command:serve",
     "weights": "weights:weights",
     "score": "score_command:score",

@@ -70,6 +70,7 @@ def chunked_logprobs(
     entropy: bool = True,
     tile_tokens: int | None = None,
     tile_vocabulary: int | None = None,
+    dry: bool = False,
 ) -> ChunkedScores:
     """Scores of given tokens under softmax(tail(hidden weight^T + bias) / temperature).
 
@@ -90,6 +91,8 @@ def chunked_logprobs(
         extra_temperature: > 0, a second temperature for the targets.
         entropy: False leaves the entropy out, and one pass over every tile with it.
         tile_tokens, tile_vocabulary: sides of a tile, >= 1; None: ``TILE_TOKENS``, ``TILE_VOCABULARY``.
+        dry: tensors have no data, and only what is allocated matters: targets and ids are not checked, and of a row of
+            like tiles three are walked.
 
     Returns:
         ``ChunkedScores``; exact gradients for hidden, weight and bias, whatever is done with the log-probs.
@@ -99,7 +102,7 @@ def chunked_logprobs(
             (CPU; on a GPU the check would wait for the device).
     """
     wanted = torch.cat((targets.unsqueeze(-1), targets.new_empty(len(targets), 0) if ids is None else ids), dim=-1)
-    if wanted.device.type == "cpu" and wanted.numel():
+    if not dry and wanted.device.type == "cpu" and wanted.numel():
         outside = ((wanted < 0) | (wanted >= weight.shape[0])).any(dim=-1).nonzero()
         if outside.numel():
             row = int(outside[0])
@@ -107,7 +110,7 @@ def chunked_logprobs(
     shared = weight.requires_grad or (bias is not None and bias.requires_grad)
     formed = torch.is_grad_enabled() and hidden.requires_grad and not shared and not rest
     plan = _plan(
-        hidden, weight, temperature, extra_temperature, entropy, rest, formed, tail, tile_tokens, tile_vocabulary
+        hidden, weight, temperature, extra_temperature, entropy, rest, formed, tail, tile_tokens, tile_vocabulary, dry
     )
     logprobs, id_logprobs, others, surprise, extra = _Chunked.apply(hidden, weight, bias, wanted, plan)
     return ChunkedScores(
@@ -122,6 +125,7 @@ def chunked_logprobs(
 def _plan(
     hidden: Tensor, weight: Tensor, temperature: float, extra_temperature: float | None, entropy: bool,
     rest: bool, formed: bool, tail: Tail | None, tile_tokens: int | None, tile_vocabulary: int | None,
+    dry: bool = False,
 ) -> Plan:  # fmt: skip
     for name, value in (("temperature", temperature), ("extra_temperature", extra_temperature)):
         if value is not None and not value > 0:
@@ -134,7 +138,7 @@ def _plan(
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     wide = torch.float64 if compute == torch.float64 else torch.float32
     return Plan(
-        tail or Tail(), temperature, extra_temperature, entropy, rest, formed, tokens, vocabulary, compute, wide
+        tail or Tail(), temperature, extra_temperature, entropy, rest, formed, tokens, vocabulary, compute, wide, dry
     )
 
 

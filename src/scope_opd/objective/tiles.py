@@ -30,7 +30,11 @@ class Tail:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is asked of a walk. ``formed``: sum_v p_v W_v in the forward pass, for the matrix needs no gradient."""
+    """What is asked of a walk.
+
+    ``formed``: sum_v p_v W_v in the forward pass, for the matrix needs no gradient. ``dry``: tensors have no data, and
+    the walk shows what it allocates.
+    """
 
     tail: Tail
     temperature: float
@@ -42,6 +46,7 @@ class Plan:
     vocabulary: int
     compute: torch.dtype
     wide: torch.dtype
+    dry: bool = False
 
     @property
     def factor(self) -> float:
@@ -64,12 +69,15 @@ class Tiles:
         self._buffers = [torch.empty(size, dtype=plan.wide, device=hidden.device) for _ in range(buffers)]
 
     def blocks(self) -> list[slice]:
-        step = self.plan.vocabulary
-        return [slice(start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
+        return self._cut(self.rows, self.plan.vocabulary)
 
     def chunks(self) -> list[slice]:
-        step = self.plan.tokens
-        return [slice(start, min(start + step, self.total)) for start in range(0, self.total, step)]
+        return self._cut(self.total, self.plan.tokens)
+
+    def _cut(self, total: int, step: int) -> list[slice]:
+        parts = [slice(start, min(start + step, total)) for start in range(0, total, step)]
+        # The second follows one of its own kind, the last may be smaller: those between allocate what the second does.
+        return [*parts[:2], *parts[2:][-1:]] if self.plan.dry else parts
 
     def block(self, block: slice) -> tuple[Tensor, Tensor | None]:
         """Rows of the matrix in the dtype of the products, and their bias times ``factor``."""

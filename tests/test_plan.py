@@ -1,0 +1,194 @@
+"""``scope plan``: a run is judged by its GPUs before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scope_opd.cli.main import main
+from scope_opd.cli.plan import Machine, _student, hours, plan, read_config
+from scope_opd.config import Config, load_config, validate_config
+from scope_opd.errors import ConfigError
+from scope_opd.models.footprint import update_moments
+from scope_opd.models.memory import Layout, Updates
+from scope_opd.models.shapes import published_config
+
+ROOT = Path(__file__).resolve().parents[1]
+PAPER = sorted((ROOT / "configs" / "paper").glob("*.toml"))
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of which only config.json is there."""
+    from transformers import Qwen3Config
+
+    path = tmp_path_factory.mktemp("model")
+    Qwen3Config(
+        vocab_size=5000, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=4096, tie_word_embeddings=True,
+    ).save_pretrained(path)  # fmt: skip
+    return path
+
+
+def settings(folder: Path, **tables: dict[str, Any]) -> Config:
+    values: dict[str, dict[str, Any]] = {
+        "model": {"path": str(folder)},
+        "teacher": {"path": str(folder)},
+        "data": {"max_prompt_tokens": 128},
+        "rollout": {"max_tokens": 384, "n": 4},
+        "train": {"prompts_per_step": 8, "max_tokens_per_microbatch": 1024},
+    }
+    for name, table in tables.items():
+        values[name] = values.get(name, {}) | table
+    return validate_config(values)
+
+
+def machine(memory: float = 80, ranks: int = 1, sharded: bool = True) -> Machine:
+    return Machine(ranks, int(memory * GB), 0, sharded)
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+class TestThePapersConfigs:
+    def test_they_fit_the_papers_machines(
+        self, path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        assert main(["plan", str(path), "--gpus", "16", "--gpu-memory", "80", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["fits"]
+        assert found["gpus"] == 20
+        assert found["step_tokens"]["generated"] == 256 * 8 * 12288
+        assert found["largest_microbatch_tokens"] > found["microbatch_tokens"] == 16384
+
+    def test_every_variable_of_the_releases_script_is_mapped(self, path: Path) -> None:
+        text = (ROOT / "configs" / "paper" / "deepseek_r1_distill_qwen_1_5b.toml").read_text(encoding="utf-8")
+        variables = (
+            "POLICY_MODEL_PATH TEACHER_MODEL_NAME IP_POOL TRAIN_DATA VAL_DATA LR TRAIN_BATCH_SIZE PPO_MINI_BATCH_SIZE "
+            "MAX_PROMPT_LENGTH MAX_RESPONSE_LENGTH ROLLOUT_N TEMPERATURE GPU_MEMORY_UTILIZATION TOTAL_EPOCHS SAVE_FREQ "
+            "TEST_FREQ ADV_ESTIMATOR DISTILL_ENABLE DISTILL_SIGNAL_IN_LOSS DISTILL_LOSS_TYPE KL_LOSS_TYPE USE_KL_LOSS "
+            "KL_LOSS_COEF KL_COEF USE_SCOPE_DUAL_PATH_WEIGHTING SCOPE_TAU SCOPE_USE_SEQ_WEIGHTS "
+            "USE_STUDENT_PATH_WEIGHTS USE_TEACHER_PATH_WEIGHTS STUDENT_PATH_PPL_POSITIVE TEACHER_PATH_PPL_POSITIVE "
+            "PROJECT_NAME EXTRA_NAME PYTHONPATH PATH PROJECT_PATH CUR_DIR NNODES MASTER_ADDR GPUS_PER_NODE NODE_RANK "
+            "WORLD_SIZE PORT SAVE_DIR RAY_memory_monitor_refresh_ms VLLM_USE_V1 WANDB_MODE WANDB_DIR"
+        )
+        named = set(re.findall(r"\w+", text.split("[model]")[0]))
+        assert set(re.findall(r"\w+", variables)) <= named
+        assert path.name.removesuffix(".toml") in {"deepseek_r1_distill_qwen_1_5b", "qwen3_1_7b_base"}
+
+    def test_they_say_what_the_paper_and_the_release_say(self, path: Path) -> None:
+        config = load_config(path)
+        assert (config.train.lr, config.train.param_dtype, config.train.weight_decay) == (5e-5, "bfloat16", 0.01)
+        assert (config.train.prompts_per_step, config.rollout.n, config.rollout.temperature) == (256, 8, 0.6)
+        assert (config.data.max_prompt_tokens, config.rollout.max_tokens) == (2048, 12288)
+        assert (config.objective.student_weight, config.objective.teacher_weight) == ("inverse_ppl", "inverse_ppl")
+        assert len(config.rollout.base_urls) == 16
+        assert len(config.teacher.base_urls) == 4
+
+
+def test_a_dry_run_of_the_papers_student_at_full_depth_is_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = published_config("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B")
+    planned = update_moments(config, 1024, dtype=torch.bfloat16, checkpointing=True, temperature=0.6)
+    monkeypatch.setattr("scope_opd.models.footprint.SHALLOW", (27, 28))  # a trace of all 28 layers
+    whole = update_moments(config, 1024, dtype=torch.bfloat16, checkpointing=True, temperature=0.6)
+    assert {name: sum(parts.values()) for name, parts in planned.items()} == {
+        name: sum(parts.values()) for name, parts in whole.items()
+    }
+
+
+class TestPlan:
+    def test_a_folder_with_config_json_alone_is_enough(self, folder: Path) -> None:
+        assert sorted(file.name for file in folder.iterdir()) == ["config.json"]
+        found = plan(settings(folder), machine())
+        assert found.failures == []
+        assert [stage.name for stage in found.stages] == ["generation", "scoring", "update"]
+
+    def test_what_does_not_fit_ends_with_1_and_says_where(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = tmp_path / "a.toml"
+        file.write_text(f'[model]\npath = "{folder}"\n[teacher]\npath = "{folder}"\n', encoding="utf-8")
+        assert main(["plan", str(file), "--gpu-memory", "0.3", "--reserve", "0.1"]) == 1
+        assert "does not fit: update needs" in capsys.readouterr().out
+        assert main(["plan", str(file), "--gpu-memory", "80", "--tflops", "312"]) == 0
+        output = capsys.readouterr().out
+        assert "fits:" in output
+        assert "hours a step" in output
+
+    def test_the_largest_micro_batch_fits_and_the_next_does_not(self, folder: Path) -> None:
+        config = settings(folder)
+        room = 0.5
+        found = plan(config, machine(room))
+        largest = found.largest_microbatch
+        assert 512 < largest < 1 << 20
+
+        student = _student(config)
+        frozen = {"teacher's weights": student.shape.parameters * 2}
+        updates = Updates(student, Layout(), frozen)
+        assert updates.stage(largest).total <= room * GB < updates.stage(largest + 128).total
+
+    def test_a_sequence_longer_than_the_budget_is_planned_as_a_micro_batch(self, folder: Path) -> None:
+        found = plan(settings(folder, train={"max_tokens_per_microbatch": 64}), machine())
+        assert found.microbatch == 128 + 384
+        assert any("below the longest sequence" in line for line in found.warnings)
+
+    def test_prompts_are_those_that_the_context_has_room_for(self, folder: Path) -> None:
+        found = plan(settings(folder, rollout={"max_tokens": 4000, "max_rows": 4}), machine())
+        assert found.microbatch == 4096
+        assert any("planned with prompts of 96" in line for line in found.warnings)
+        none = plan(settings(folder, rollout={"max_tokens": 4096, "max_rows": 4}), machine())
+        assert any("the student's context has 4096" in line for line in none.failures)
+
+    def test_checkpointing_and_fewer_rows_need_less(self, folder: Path) -> None:
+        plain = plan(settings(folder), machine())
+        careful = plan(settings(folder, train={"gradient_checkpointing": True}, rollout={"max_rows": 4}), machine())
+        assert careful.stages[0].total < plain.stages[0].total
+        assert careful.stages[2].total < plain.stages[2].total
+
+    def test_servers_leave_the_rank_and_are_planned_for_themselves(self, folder: Path) -> None:
+        served = {"base_urls": ["http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1"], "model": "m"}
+        found = plan(settings(folder, rollout=served, teacher={**served, "max_concurrency": 3}), machine())
+        assert [stage.name for stage in found.stages] == ["update"]
+        assert {name: count for name, (count, _, _) in found.servers.items()} == {"sampler": 2, "teacher": 2}
+        teacher = found.servers["teacher"][2]
+        assert teacher.wanted == 3
+        assert teacher.outside == 6 * 5000 * 8192
+        assert found.servers["sampler"][2].outside == 0
+        assert teacher.sequence == (128 + 384 + 1) * 2 * 4 * 32 * 2  # keys and values in bfloat16
+
+    def test_a_server_without_room_for_a_sequence_does_not_fit(self, folder: Path) -> None:
+        served = {"base_urls": ["http://127.0.0.1:1/v1"], "model": "m"}
+        found = plan(settings(folder, teacher=served), machine(0.004))
+        assert any("teacher server" in line for line in found.failures)
+
+    def test_a_method_without_teacher_scores_nothing(self, folder: Path) -> None:
+        found = plan(settings(folder, objective={"method": "grpo"}), machine())
+        assert [stage.name for stage in found.stages] == ["generation", "update"]
+        assert found.tokens["scored"] == 0
+        assert found.flops["scoring"] == 0
+
+    def test_update_costs_three_passes_and_checkpointing_a_fourth(self, folder: Path) -> None:
+        found = plan(settings(folder, train={"gradient_checkpointing": True}), machine())
+        assert found.flops["update"] == 3 * found.flops["generation"]
+        assert found.flops["recomputation"] == found.flops["generation"]
+        one, two = (hours(found, ranks, 100, 0.5) for ranks in (1, 2))
+        assert one["update"] == pytest.approx(2 * two["update"])
+
+    def test_an_unknown_model_without_network_says_what_to_fetch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(ConfigError, match=r"hf download nobody/nothing config\.json"):
+            read_config("nobody/nothing", None, False, "model.path")
+
+    @pytest.mark.parametrize("option", [["--gpus", "0"], ["--gpu-memory", "-1"], ["--utilisation", "2"]])
+    def test_options_out_of_range_are_refused(self, option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["plan", str(ROOT / "configs" / "debug.toml"), *option]) == 2
+        assert option[0] in capsys.readouterr().err
+
+    def test_the_zoo_is_planned_too(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["plan", str(ROOT / "configs" / "demo.toml"), "--gpu-memory", "16"]) == 0
+        assert "fits:" in capsys.readouterr().out
