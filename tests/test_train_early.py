@@ -301,7 +301,7 @@ def test_a_run_that_streams_is_the_run_that_does_not(tmp_path: Path) -> None:
     assert sampler.calls == [0, "release", 1, "release", 2, "release", 3, "release"]
     assert [row["rollout/staleness_max"] for row in metrics] == [0, 0, 0, 0]
     assert all(row["time/sync_s"] > 0 for row in metrics)
-    assert threading.active_count() == 1
+    assert not [thread for thread in threading.enumerate() if thread.name == "scope-pipeline"]
 
 
 def test_the_timeline_of_a_run_says_when_which_stage_was_at_work(tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ def test_a_run_that_streams_resumes_where_it_was(tmp_path: Path, ahead: int) -> 
     teacher.score = broken  # type: ignore[method-assign]
     with pytest.raises(RunFailed, match="the teacher is gone"):
         train(config, engines, progress=False)
-    assert threading.active_count() == 1
+    assert not [thread for thread in threading.enumerate() if thread.name == "scope-pipeline"]
     before = rows(tmp_path / "run", "metrics")
     assert [row["step"] for row in before] == [0, 1, 2]
     again, _, sampler = streaming(config, ahead=ahead)
@@ -420,7 +420,7 @@ def test_weights_are_published_before_an_evaluation_and_a_failure_to_saves_the_r
     assert order == [(0, [0]), (2, [0, 0, "release", 1, "release", 2])]
     assert phases[:3] == ["sync", "evaluation", "sync"]
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000003"]
-    assert threading.active_count() == 1
+    assert not [thread for thread in threading.enumerate() if thread.name == "scope-pipeline"]
 
 
 def test_a_signal_saves_a_run_that_streams_and_leaves_no_thread(tmp_path: Path) -> None:

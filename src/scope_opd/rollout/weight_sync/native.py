@@ -96,7 +96,7 @@ class Native:
         return Sending(self, copies)
 
     def close(self) -> None:
-        for link in self._links.values():
+        for link in list(self._links.values()):  # the servers' thread may still let go of one
             link.cut()
         self._links.clear()
 
