@@ -75,7 +75,10 @@ class SyncServer(SamplingServer):
         status = self.fail[name].pop(0) if self.fail.get(name) else 200
         if status not in (0, 200):
             return await self._error(writer, status, "told to fail")
-        answer = await asyncio.get_running_loop().run_in_executor(None, self._do, name, query, request)
+        try:
+            answer = await asyncio.get_running_loop().run_in_executor(None, self._do, name, query, request)
+        except RuntimeError as error:  # the broadcast broke off: a worker's error, which vLLM answers with 500
+            answer = str(error)
         if status == 0:
             self._reset(writer)
             return False
