@@ -136,7 +136,7 @@ def test_full_kl_asks_the_teacher_for_logits_a_chunk_at_a_time_outside_autocast(
 ) -> None:
     _, learner, _, batch = prepare(objective={"distill": "full_kl"})
     expected, asked = learner.gradient(batch)[1], []
-    head = learner.teacher_head
+    head = learner.forward.teacher_head
     assert isinstance(head, LocalTeacher)
     project = head.project
 
@@ -145,10 +145,10 @@ def test_full_kl_asks_the_teacher_for_logits_a_chunk_at_a_time_outside_autocast(
         return project(hidden)
 
     monkeypatch.setattr(head, "project", counted)
-    monkeypatch.setattr("scope_opd.models.head.CHUNK_LOGITS", 5 * learner.view.vocabulary)
+    monkeypatch.setattr("scope_opd.models.head.CHUNK_LOGITS", 5 * learner.forward.view.vocabulary)
     assert distance(learner.gradient(batch)[1], expected) < 1e-12
     assert max(size for size, _ in asked) == 5
-    learner._autocast = True
+    learner.forward.autocast = True
     learner.gradient(batch)
     assert not any(cast for _, cast in asked)
 

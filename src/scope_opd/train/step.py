@@ -1,14 +1,7 @@
-"""One step's update: the surrogate loss of docs/method.md over the micro-batches, then the optimiser.
+"""One step's update: forward and backward over the micro-batches, then the optimiser.
 
-    loss = sum_t - sg(c_t) rho_t A_t  (+ reference KL)        A_t = reinforce + distill (log pi_T - sg log pi_theta)
-
-with rho_t = pi_theta / pi_old and c_t = min(pi_old / mu, C). pi_old is the detached current policy when a batch gets
-one update, and a recorded pass before the first update otherwise. c compares trainer and sampler at the temperature
-that sampled, whatever temperature the objective uses. Under ``full_kl`` the distillation term is
-+ distill sg(c_t) KL_t.
-
-Precision: float32 parameters on a GPU run under bfloat16 autocast (float32 masters, float32 log-probs); everything else
-runs in the dtype of the parameters. Not covered: many ranks, chunked teachers.
+Gradients are plain sums over tokens (the step's denominators are in the numbers already, or divided out in the end),
+so no cut into micro-batches changes them. Not covered: the loss (``forward``), many ranks.
 """
 
 from __future__ import annotations
@@ -21,13 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from scope_opd.config import TrainConfig
-from scope_opd.models.head import HeadView, TokenScores, map_logits, response_logprobs, score_hidden
-from scope_opd.objective.logprobs import tempered
-from scope_opd.objective.surrogate import full_kl, reference_kl, sampler_correction, surrogate
 from scope_opd.train.batch import Batch, MicroBatch
-from scope_opd.train.engines import Engines, SurrogateSettings
+from scope_opd.train.engines import Engines
+from scope_opd.train.forward import Forward, Recorded
 from scope_opd.train.optim import Optimizer
-from scope_opd.train.outcome import Begun, Outcome, Pass, TokenFigures, first_broken, join_figures
+from scope_opd.train.outcome import Begun, Outcome, Pass, first_broken, join_figures
 
 
 class Learner:
@@ -40,23 +31,10 @@ class Learner:
 
     def __init__(self, engines: Engines, config: TrainConfig) -> None:
         self.model: nn.Module = engines.model
-        self.settings: SurrogateSettings = engines.surrogate
         self.config = config
-        self.teacher_head = engines.teacher_head
-        self.reference = engines.reference
-        if self.settings.distill == "full_kl" and self.teacher_head is None:
-            raise ValueError("distill = 'full_kl' without teacher_head; expected an in-process teacher")
-        if self.settings.reference_kl > 0 and self.reference is None:
-            raise ValueError(f"reference_kl = {self.settings.reference_kl} without a reference; expected its log-probs")
-        self.view = HeadView(engines.model)
+        self.forward = Forward(engines)
         self.optimizer = Optimizer(engines.model, config)
-        parameter = self.optimizer.parameters[0]
-        self.device = parameter.device
-        self._autocast = parameter.is_cuda and parameter.dtype == torch.float32
-        self._dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        # Sorted and each once: as many ids as the heads are wide are then all of them.
-        ids = self.settings.common_vocabulary
-        self._common = None if ids is None else torch.tensor(sorted(set(ids)), dtype=torch.long, device=self.device)
+        self.device = self.forward.device
         if config.gradient_checkpointing:
             model = engines.model
             # The method's name changed within the versions of transformers that are supported.
@@ -74,7 +52,7 @@ class Learner:
             self.optimizer.zero_grad()
             begun = Begun()
         for part in micro:
-            begun.passes.append(self._backward(part.to(self.device, self._dtype), 1, None))
+            begun.passes.append(self._backward(part, 1, None))
             begun.owners.append(part.rollout)
             begun.cells += part.input_ids.numel()
             begun.padded += part.input_ids.numel() - int(part.attention_mask.sum())
@@ -113,7 +91,7 @@ class Learner:
                 self.optimizer.zero_grad()
             results, owners = (list(begun.passes), list(begun.owners)) if begun else ([], [])
             for index, micro in enumerate(batch.micro):
-                results.append(self._backward(micro.to(self.device, self._dtype), tokens, recorded[index]))
+                results.append(self._backward(micro, tokens, recorded[index]))
                 owners.append(micro.rollout)
                 on_progress(index + 1, len(batch.micro))
             total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -146,7 +124,7 @@ class Learner:
             finite=finite,
             broken=broken,
             clipped=float(torch.cat(clipped).double().mean()) if clipped else 0.0,
-            kl_reference=float(torch.cat(references).mean()) if self.reference and references else None,
+            kl_reference=float(torch.cat(references).mean()) if self.forward.reference and references else None,
             tokens=join_figures(figures),
         )
 
@@ -155,149 +133,21 @@ class Learner:
         self.optimizer.zero_grad()
         loss = 0.0
         for micro in batch.micro:
-            loss += float(self._backward(micro.to(self.device, self._dtype), batch.tokens, None).loss.sum())
+            loss += float(self._backward(micro, batch.tokens, None).loss.sum())
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.optimizer.parameters]
         self.optimizer.zero_grad()
         return loss, grads
 
-    @torch.no_grad()
-    def _record(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    def _record(self, batch: Batch) -> list[Recorded]:
         """log pi_old and c of every micro-batch, before the first of several updates."""
-        recorded = []
-        for micro in batch.micro:
-            moved = micro.to(self.device, self._dtype)
-            scores = self._scores(moved)
-            recorded.append((scores.logprobs, self._correction(moved, scores)[0]))
-        return recorded
+        return [self.forward.record(micro) for micro in batch.micro]
 
-    def _backward(self, micro: MicroBatch, tokens: int, recorded: tuple[Tensor, Tensor] | None) -> Pass:
+    def _backward(self, micro: MicroBatch, tokens: int, recorded: Recorded | None) -> Pass:
         with self._training():
-            result = self._loss(micro, tokens, recorded)
+            result = self.forward.run(micro, tokens, recorded)
             result.loss.sum().backward()
         result.loss = result.loss.detach()
         return result
-
-    def _loss(self, micro: MicroBatch, tokens: int, recorded: tuple[Tensor, Tensor] | None) -> Pass:
-        """The per-token losses of a micro-batch; their sum over the whole batch is the step's loss."""
-        settings = self.settings
-        kl: Tensor | None = None
-        if settings.distill == "full_kl":
-            scores, kl = self._scores_and_kl(micro)
-        else:
-            scores = self._scores(micro)
-        logprobs = scores.logprobs
-        correction, capped, mismatch = self._correction(micro, scores)
-        old = logprobs.detach()
-        if recorded is not None:
-            # A response of the teacher's has no pi_old of ours: rho stays 1 in value however often it is used.
-            old, correction = (old if settings.sampled_by == "teacher" else recorded[0]), recorded[1]
-        terms = surrogate(
-            logprobs, old, correction, micro.reinforce, micro.distill if kl is None else torch.zeros_like(logprobs),
-            micro.teacher, clip=settings.clip, dual_clip=settings.dual_clip,
-        )  # fmt: skip
-        loss = terms.loss
-        gap = micro.teacher - logprobs.detach()
-        distillation = gap
-        if kl is not None:
-            # kl is 0 where nothing is distilled, so no 0 * inf can arise from a token that the teacher rules out.
-            loss = loss + micro.distill * correction * kl
-            distillation = -kl.detach()
-        penalty = torch.zeros_like(loss)
-        if self.reference is not None and settings.reference_kl > 0:
-            with torch.no_grad():
-                anchor = self.reference(micro.input_ids, micro.attention_mask, micro.positions).to(logprobs)
-            penalty = reference_kl(logprobs, anchor)
-            loss = loss + settings.reference_kl / tokens * penalty
-        credited = micro.credit_distill != 0
-        assert scores.entropy is not None
-        figures = TokenFigures(
-            rollout=micro.rollout.cpu(),
-            place=micro.place.cpu(),
-            logprobs=logprobs.detach().cpu(),
-            entropy=scores.entropy.cpu(),
-            advantage=(micro.credit_reinforce + torch.where(credited, micro.credit_distill * distillation, 0.0)).cpu(),
-            teacher_gap=gap.cpu(),
-            mismatch=mismatch.cpu(),
-            capped=capped.cpu(),
-        )
-        return Pass(loss, terms.clipped, penalty.detach(), figures)
-
-    def _scores(self, micro: MicroBatch) -> TokenScores:
-        settings = self.settings
-        with self._precision():
-            return response_logprobs(
-                self.view,
-                micro.input_ids,
-                None,  # padding is on the right, so no token sees it
-                micro.positions,
-                settings.student_temperature,
-                extra_temperature=self._extra_temperature(),
-            )
-
-    def _scores_and_kl(self, micro: MicroBatch) -> tuple[TokenScores, Tensor]:
-        """As ``_scores``, and KL(student || teacher) over the common ids, [T], with gradient.
-
-        The KL is computed where the method distils and is 0 elsewhere; the teacher reads only the rows that need it.
-        """
-        settings, teacher = self.settings, self.teacher_head
-        assert teacher is not None
-
-        def divergence(logits: Tensor, theirs: Tensor) -> tuple[Tensor]:
-            own = tempered(logits, settings.student_temperature)
-            with torch.no_grad(), self._own_dtype():
-                other = teacher.project(theirs).to(own.dtype)
-            return (full_kl(*self._over_common_ids(own, other)),)
-
-        with self._precision():
-            hidden = self.view.response_hidden(micro.input_ids, None, micro.positions)
-            scores = score_hidden(
-                self.view,
-                hidden,
-                micro.input_ids[micro.positions[:, 0], micro.positions[:, 1]],
-                settings.student_temperature,
-                extra_temperature=self._extra_temperature(),
-            )
-            kl = torch.zeros_like(scores.logprobs)
-            places = (micro.distill != 0).nonzero().squeeze(-1)
-            if places.numel():
-                (found,) = map_logits(self.view, hidden[places], divergence, self._teacher_hidden(micro, places))
-                kl = kl.index_put((places,), found)
-        return scores, kl
-
-    def _teacher_hidden(self, micro: MicroBatch, places: Tensor) -> Tensor:
-        """The teacher's hidden states at the tokens ``places`` of a micro-batch, [len(places), H]."""
-        assert self.teacher_head is not None
-        rows, row_of = micro.positions[places, 0].unique(return_inverse=True)
-        positions = torch.stack((row_of, micro.positions[places, 1]), dim=1)
-        with torch.no_grad(), self._own_dtype():
-            return self.teacher_head.response_hidden(micro.input_ids[rows], micro.attention_mask[rows], positions)
-
-    def _over_common_ids(self, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """Both logits at the ids that mean the same to both and that both heads have."""
-        width = min(own.shape[-1], other.shape[-1])
-        own, other = own[:, :width], other[:, :width]
-        if self._common is None:
-            return own, other
-        ids = self._common[self._common < width]
-        if not ids.numel():
-            raise ValueError(f"common_vocabulary has no id below {width}; expected ids that both heads have")
-        return (own, other) if ids.numel() == width else (own[:, ids], other[:, ids])
-
-    def _extra_temperature(self) -> float | None:
-        """A second temperature of the same hidden states, where c needs one."""
-        settings = self.settings
-        if settings.sampled_by == "teacher" or settings.student_temperature == settings.sampling_temperature:
-            return None
-        return settings.sampling_temperature
-
-    def _correction(self, micro: MicroBatch, scores: TokenScores) -> tuple[Tensor, Tensor, Tensor]:
-        """c, where it was capped, and log mu - log pi, all [T] and detached."""
-        own = scores.logprobs.detach()
-        if self.settings.sampled_by == "teacher":
-            return torch.ones_like(own), torch.zeros_like(own, dtype=torch.bool), torch.zeros_like(own)
-        trainer = own if scores.extra_logprobs is None else scores.extra_logprobs
-        correction, capped = sampler_correction(trainer, micro.sampler, self.settings.correction_cap)
-        return correction, capped, micro.sampler - trainer
 
     def _divide_gradient(self, by: float) -> None:
         grads = [parameter.grad for parameter in self.optimizer.parameters if parameter.grad is not None]
@@ -311,13 +161,6 @@ class Learner:
         if isinstance(limit, float) and torch.isfinite(norm):  # else "off"
             torch.nn.utils.clip_grads_with_norm_(self.optimizer.parameters, limit, norm)
         return norm
-
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._autocast)
-
-    def _own_dtype(self) -> torch.autocast:
-        """Without the student's autocast."""
-        return torch.autocast(self.device.type, enabled=False)
 
     @contextmanager
     def _training(self) -> Iterator[None]:
