@@ -75,12 +75,13 @@ class Gathering:
         rest = [rollouts[place] for place in places]
         self._verdicts.update(zip(places, self.engines.credit(rest), strict=True))
         parts = self._parts(rest, places)
-        cells = self.begun.cells + sum(part.input_ids.numel() for part in parts)
-        padded = self.begun.padded + sum(part.input_ids.numel() - int(part.attention_mask.sum()) for part in parts)
-        tokens = sum(owner.numel() for owner in (*self.begun.owners, *(part.rollout for part in parts)))
+        micro = [part for share in parts for part in share]
+        cells = self.begun.cells + sum(part.cells for part in micro)
+        padded = self.begun.padded + sum(part.padded for part in micro)
+        tokens = sum(owner.numel() for owner in (*self.begun.owners, *(part.rollout for part in micro)))
         batch = Batch(parts, tokens, padded / cells if cells else 0.0, step_denominator(rollouts, settings.aggregation))
         return [self._verdicts[place] for place in range(len(rollouts))], batch
 
-    def _parts(self, rollouts: Sequence[Rollout], places: Sequence[int]) -> list[MicroBatch]:
+    def _parts(self, rollouts: Sequence[Rollout], places: Sequence[int]) -> list[list[MicroBatch]]:
         aggregation = self.engines.surrogate.aggregation
         return make_part(rollouts, places, aggregation=aggregation, max_tokens=self.config.max_tokens_per_microbatch)

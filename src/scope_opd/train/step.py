@@ -41,21 +41,21 @@ class Learner:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
 
-    def begin(self, micro: Sequence[MicroBatch], begun: Begun | None = None) -> Begun:
+    def begin(self, shares: Sequence[Sequence[MicroBatch]], begun: Begun | None = None) -> Begun:
         """Forward and backward over a part of a step, whose numbers are not divided by the step's denominator.
 
         Args:
-            micro: from ``make_part``.
+            shares: from ``make_part``.
             begun: what this step's earlier parts left; None for the first. It is added to.
         """
         if begun is None:
             self.optimizer.zero_grad()
             begun = Begun()
-        for part in micro:
+        for part in [part for share in shares for part in share]:
             begun.passes.append(self._backward(part, 1, None))
             begun.owners.append(part.rollout)
-            begun.cells += part.input_ids.numel()
-            begun.padded += part.input_ids.numel() - int(part.attention_mask.sum())
+            begun.cells += part.cells
+            begun.padded += part.padded
         return begun
 
     def update(
