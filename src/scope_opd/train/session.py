@@ -232,6 +232,7 @@ class Session:
 
     def phase(self, name: str) -> None:
         """A new phase begins: status.json and the display learn of it."""
+        self._signals.poll()
         self._folder.phase(self.step, name)
         self._display.phase(self.step, name)
 
@@ -241,6 +242,7 @@ class Session:
 
     def inside(self, done: int, total: int) -> None:
         """Progress inside the phase."""
+        self._signals.poll()
         self._display.inside(done, total)
 
     @property

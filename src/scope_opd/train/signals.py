@@ -2,7 +2,7 @@
 
 The first signal raises ``Interrupted`` in the main thread, or, inside ``shielded()``, at the end of that section. A
 second signal ends the process on the spot. Outside the main thread (where Python delivers no signals) nothing is
-installed.
+installed: whoever runs a run there asks it to stop with ``request``, which it heeds at its next ``poll``.
 """
 
 from __future__ import annotations
@@ -34,6 +34,20 @@ class RunInterrupted(ScopeError):
         super().__init__(f"{signal.Signals(number).name} after {step} steps", "", f"continue {folder} with --resume")
 
 
+_open: list[Signals] = []
+
+
+def request(number: int) -> bool:
+    """Have the run of this process stop as a signal's arrival would; from any thread.
+
+    Returns:
+        False where no run is under way (yet): nothing was asked then.
+    """
+    for signals in _open:
+        signals.ask(number)
+    return bool(_open)
+
+
 class Signals:
     """Turns SIGINT and SIGTERM into ``Interrupted``, never inside a ``shielded()`` section.
 
@@ -50,9 +64,11 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._former[number] = signal.signal(number, self._handle)
+        _open.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        _open.remove(self)
         for number, handler in self._former.items():
             signal.signal(number, handler)
         self._former.clear()
@@ -64,6 +80,19 @@ class Signals:
         if not self._shields:
             self._raise()
 
+    def ask(self, number: int) -> None:
+        """Note a signal that came to another process; ``poll`` and the end of a shielded section heed it."""
+        self._received = number if self._received is None else self._received
+
+    def poll(self) -> None:
+        """The place where a run outside the main thread stops for what it was asked.
+
+        Raises:
+            Interrupted: a signal was asked for, and no shielded section is open.
+        """
+        if self._received is not None and not self._shields and not self._raised:
+            self._raise()
+
     @contextmanager
     def shielded(self) -> Iterator[None]:
         """A section that a first signal does not cut: it raises ``Interrupted`` when the section is over."""
@@ -72,8 +101,7 @@ class Signals:
             yield
         finally:
             self._shields -= 1
-        if self._received is not None and not self._shields and not self._raised:
-            self._raise()
+        self.poll()
 
     def _raise(self) -> None:
         assert self._received is not None
