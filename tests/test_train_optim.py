@@ -68,9 +68,12 @@ def test_optimiser_state_survives_saving_bit_for_bit(kind: str) -> None:
         optimizer = Optimizer(model, config(optimizer=kind, weight_decay=0.1))
         for step in range(4):
             if step == reload_at:
-                state = optimizer.state_dict()
+                saved = {name: state.clone() for name, state in optimizer.states().items()}
+                weights = [parameter.clone() for parameter in model.parameters()]
                 optimizer = Optimizer(model, config(optimizer=kind, weight_decay=0.1))
-                optimizer.load_state_dict(state)
+                for name, state in optimizer.make_states(saved).items():
+                    state.copy_(saved[name])
+                assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
             generator = torch.Generator().manual_seed(step)
             for parameter in model.parameters():
                 parameter.grad = torch.randn(parameter.shape, generator=generator)

@@ -48,6 +48,7 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.parameters: list[Tensor] = [parameter for _, parameter in named]
+        self._names = {id(parameter): name for name, parameter in named}
         hidden = _hidden_matrices(model, self.parameters) if config.optimizer == "muon" else []
         chosen = {id(parameter) for parameter in hidden}
         rest = [parameter for parameter in self.parameters if id(parameter) not in chosen]
@@ -84,12 +85,48 @@ class Optimizer:
         for parameter in self.parameters:
             parameter.grad = None
 
+    def states(self) -> dict[str, Tensor]:
+        """Every state tensor by "<parameter's name>/<state's name>", the optimiser's own memory; sharded as it is.
+
+        Hyperparameters are not among them: they come from the config, the learning rate with every step.
+        """
+        return {
+            f"{self._names[id(parameter)]}/{key}": value
+            for part in self._parts
+            for parameter, state in part.state.items()
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        }
+
+    def make_states(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Just the states of these names, ready to be overwritten with saved values; all others are dropped.
+
+        Call it before the weights are restored.
+
+        Args:
+            names: as of ``states``, of whole parameters: one that never got a gradient has none.
+
+        Raises:
+            ValueError: this optimiser has other states.
+        """
+        wanted = set(names)
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.step(0.0)  # torch makes states in the first step
+        self.zero_grad()
+        odd = sorted(wanted - self.states().keys())
+        if odd:
+            raise ValueError(f"optimiser state {odd[0]} is not one of this optimiser's")
+        held = {name.rpartition("/")[0] for name in wanted}
+        for part in self._parts:
+            for parameter in [p for p in part.state if self._names[id(p)] not in held]:
+                del part.state[parameter]
+        return self.states()
+
     def state_dict(self) -> dict[str, Any]:
         return {"parts": [part.state_dict() for part in self._parts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if len(state["parts"]) != len(self._parts):
-            raise ValueError(f"{len(state['parts'])} optimiser states; expected {len(self._parts)}")
         for part, saved in zip(self._parts, state["parts"], strict=True):
             part.load_state_dict(saved)
 
