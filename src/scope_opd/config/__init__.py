@@ -7,7 +7,8 @@ holds them.
 """
 
 from scope_opd.config.base import AlarmAction, Table
-from scope_opd.config.load import load_config, validate_config
+from scope_opd.config.launch import LaunchConfig
+from scope_opd.config.load import load_config, read_values, validate_config
 from scope_opd.config.schema import Config
 from scope_opd.config.servers import RolloutConfig, ServerConfig, ServerFlags, ServingConfig, TeacherConfig
 from scope_opd.config.tables import (
@@ -31,6 +32,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "LaunchConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "RolloutConfig",
@@ -43,5 +45,6 @@ __all__ = [
     "TrainConfig",
     "VerifyConfig",
     "load_config",
+    "read_values",
     "validate_config",
 ]

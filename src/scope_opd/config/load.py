@@ -25,6 +25,15 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         ConfigError: file missing, not UTF-8 or not TOML, unknown key, wrong type or value, rules between tables broken.
     """
+    return validate_config(read_values(path, overrides))
+
+
+def read_values(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values of a TOML file and dotted overrides, as ``load_config`` takes them, not validated.
+
+    Raises:
+        ConfigError: the file is missing, not UTF-8 or not TOML, or an override has no name and value.
+    """
     values: dict[str, Any] = {}
     if path is not None:
         source = Path(path).expanduser()
@@ -44,7 +53,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             raise ConfigError(f"{source}: {error}", "TOML with plain values", "mend the file") from None
     for override in overrides:
         _apply_override(values, override)
-    return validate_config(values)
+    return values
 
 
 def validate_config(values: dict[str, Any]) -> Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from scope_opd.config.base import Table
+from scope_opd.config.launch import LaunchConfig
 from scope_opd.config.servers import RolloutConfig, ServingConfig, TeacherConfig
 from scope_opd.config.tables import (
     ChatConfig,
@@ -32,6 +33,7 @@ class Config(Table):
     train: TrainConfig = Field(default_factory=TrainConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     run: RunConfig = Field(default_factory=RunConfig)
+    launch: LaunchConfig = Field(default_factory=LaunchConfig)
 
     @model_validator(mode="after")
     def _between_tables(self) -> Config:

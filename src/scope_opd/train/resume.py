@@ -163,4 +163,4 @@ def _free(name: tuple[str, ...]) -> bool:
     table = name[0]
     if table in ("teacher", "rollout"):
         return name[-1] in _WHERE
-    return table == "serving" or (table == "run" and name != ("run", "seed")) or name in _FREE
+    return table in ("serving", "launch") or (table == "run" and name != ("run", "seed")) or name in _FREE
