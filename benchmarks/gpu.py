@@ -267,7 +267,7 @@ def pair_run(sizes: argparse.Namespace, student: Path, teacher: Path, run: Path)
         "train": {
             "steps": sizes.steps, "prompts_per_step": sizes.prompts, "lr": 2e-6, "device": sizes.device,
             "max_tokens_per_microbatch": sizes.microbatch_tokens,
-            "gradient_checkpointing": sizes.gradient_checkpointing,
+            "activation_checkpointing": sizes.activation_checkpointing,
         },
         "run": {"dir": str(run), "export": False, "alarms": {"truncation": "off", "uniform_weights": "off"}},
     }  # fmt: skip
@@ -346,7 +346,7 @@ def main() -> int:
     parser.add_argument("--cpu-threads", type=int, default=1, help="torch threads of that run")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--correct-share", type=float, default=0.5, help="finished responses that the coin calls right")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--activation-checkpointing", default="off", choices=["off", "full", "offload"])
     parser.add_argument("--limit-s", type=float, default=420, help="no part is begun later than this")
     parser.add_argument("--folder", help="where models and run folders go for the time being (10 GB and more)")
     for name, value in FULL.items():

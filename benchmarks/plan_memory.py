@@ -31,13 +31,13 @@ sys.path.insert(0, str(SOURCE))
 
 # name: family, hidden, MLP, layers, heads, key-value heads, vocabulary, tied, tokens, checkpointing, dtype
 CASES: dict[str, tuple[Any, ...]] = {
-    "qwen3-256": ("Qwen3", 256, 768, 8, 4, 2, 32_000, True, 2048, False, "float32"),
-    "qwen3-256-checkpointed": ("Qwen3", 256, 768, 8, 4, 2, 151_936, True, 1024, True, "float32"),
-    "llama-512": ("Llama", 512, 1536, 6, 8, 4, 64_000, False, 1024, False, "float32"),
-    "llama-512-checkpointed": ("Llama", 512, 1536, 6, 8, 4, 128_256, False, 1024, True, "float32"),
-    "llama-768-layers": ("Llama", 768, 3072, 10, 12, 12, 1000, False, 2048, False, "float32"),
-    "qwen3-1024": ("Qwen3", 1024, 3072, 4, 8, 4, 151_936, True, 1024, False, "float32"),
-    "qwen3-1024-bfloat16": ("Qwen3", 1024, 3072, 4, 8, 4, 151_936, True, 1024, False, "bfloat16"),
+    "qwen3-256": ("Qwen3", 256, 768, 8, 4, 2, 32_000, True, 2048, "off", "float32"),
+    "qwen3-256-checkpointed": ("Qwen3", 256, 768, 8, 4, 2, 151_936, True, 1024, "full", "float32"),
+    "llama-512": ("Llama", 512, 1536, 6, 8, 4, 64_000, False, 1024, "off", "float32"),
+    "llama-512-checkpointed": ("Llama", 512, 1536, 6, 8, 4, 128_256, False, 1024, "full", "float32"),
+    "llama-768-layers": ("Llama", 768, 3072, 10, 12, 12, 1000, False, 2048, "off", "float32"),
+    "qwen3-1024": ("Qwen3", 1024, 3072, 4, 8, 4, 151_936, True, 1024, "off", "float32"),
+    "qwen3-1024-bfloat16": ("Qwen3", 1024, 3072, 4, 8, 4, 151_936, True, 1024, "off", "bfloat16"),
 }
 GOAL = 0.15
 
@@ -121,7 +121,7 @@ def measure(name: str) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
         surrogate = SurrogateSettings(student_temperature=0.6, sampling_temperature=0.6)
         engines: Any = SimpleNamespace(model=model, surrogate=surrogate, teacher_head=None, reference=None)
-        return Learner(engines, TrainConfig(gradient_checkpointing=checkpointing, lr=1e-5))
+        return Learner(engines, TrainConfig(activation_checkpointing=checkpointing, lr=1e-5))
 
     def batch(length: int) -> Any:
         return make_batch([rollout(i, length) for i in range(4)], aggregation="token", max_tokens=2 * length)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from scope_opd.models.batching import pad_right, response_positions
+from scope_opd.models.checkpointing import set_checkpointing
 from scope_opd.models.head import HeadView, response_logprobs, score_hidden
 from scope_opd.models.packed_attention import NAME, Layout, _alike, enable
 from scope_opd.models.packing import cost, crossover, deal, pack, packed_hidden, packs_exactly, response_places, waste
@@ -134,10 +135,7 @@ def test_packs_survive_activation_checkpointing() -> None:
         return list(torch.autograd.grad(packed_hidden(view, pack(sequences)).square().sum(), body))
 
     expected = gradient()
-    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)(
-        {"use_reentrant": False}
-    )
-    model.train()
+    set_checkpointing(model, "full")
     for left, right in zip(gradient(), expected, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
 

@@ -79,7 +79,7 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "exact divergence, anchored": (
         "gemma2", "random-neox",
         ["objective.method=scope", "objective.distill=full_kl", "objective.reference_kl=0.05", "objective.tau=0.5",
-         "objective.student_weight=uniform", "objective.teacher_weight=ppl", "train.gradient_checkpointing=true",
+         "objective.student_weight=uniform", "objective.teacher_weight=ppl", "train.activation_checkpointing=full",
          "train.max_tokens_per_microbatch=128", "objective.end_token=exclude"],
     ),
     "opd at two temperatures": (

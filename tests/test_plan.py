@@ -93,9 +93,9 @@ class TestThePapersConfigs:
 
 def test_a_dry_run_of_the_papers_student_at_full_depth_is_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     config = published_config("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B")
-    planned = update_moments(config, 1024, dtype=torch.bfloat16, checkpointing=True, temperature=0.6)
+    planned = update_moments(config, 1024, dtype=torch.bfloat16, checkpointing="full", temperature=0.6)
     monkeypatch.setattr("scope_opd.models.footprint.SHALLOW", (27, 28))  # a trace of all 28 layers
-    whole = update_moments(config, 1024, dtype=torch.bfloat16, checkpointing=True, temperature=0.6)
+    whole = update_moments(config, 1024, dtype=torch.bfloat16, checkpointing="full", temperature=0.6)
     assert {name: sum(parts.values()) for name, parts in planned.items()} == {
         name: sum(parts.values()) for name, parts in whole.items()
     }
@@ -146,7 +146,7 @@ class TestPlan:
 
     def test_checkpointing_and_fewer_rows_need_less(self, folder: Path) -> None:
         plain = plan(settings(folder), machine())
-        careful = plan(settings(folder, train={"gradient_checkpointing": True}, rollout={"max_rows": 4}), machine())
+        careful = plan(settings(folder, train={"activation_checkpointing": "full"}, rollout={"max_rows": 4}), machine())
         assert careful.stages[0].total < plain.stages[0].total
         assert careful.stages[2].total < plain.stages[2].total
 
@@ -173,7 +173,7 @@ class TestPlan:
         assert found.flops["scoring"] == 0
 
     def test_update_costs_three_passes_and_checkpointing_a_fourth(self, folder: Path) -> None:
-        found = plan(settings(folder, train={"gradient_checkpointing": True}), machine())
+        found = plan(settings(folder, train={"activation_checkpointing": "full"}), machine())
         assert found.flops["update"] == 3 * found.flops["generation"]
         assert found.flops["recomputation"] == found.flops["generation"]
         one, two = (hours(found, ranks, 100, 0.5) for ranks in (1, 2))

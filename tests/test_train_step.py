@@ -301,7 +301,7 @@ def test_a_number_that_is_not_finite_takes_no_optimiser_step(poison: float) -> N
 
 def test_activation_checkpointing_changes_memory_and_not_the_gradient() -> None:
     _, plain, _, batch = prepare(dtype=torch.float64)
-    engines, saving, _, _ = prepare(dtype=torch.float64, train={"gradient_checkpointing": True})
+    engines, saving, _, _ = prepare(dtype=torch.float64, train={"activation_checkpointing": "full"})
     assert distance(saving.gradient(batch)[1], plain.gradient(batch)[1]) < 1e-12
     assert not any(module.training for module in engines.model.modules())
 
@@ -309,7 +309,7 @@ def test_activation_checkpointing_changes_memory_and_not_the_gradient() -> None:
 def test_activation_checkpointing_leaves_dropout_off() -> None:
     _, plain, _, batch = prepare(dtype=torch.float64)
     model = tiny_model("qwen3", seed=1, dtype=torch.float64, attention_dropout=0.5)
-    _, saving, _, _ = prepare(train={"gradient_checkpointing": True}, engines={"model": model})
+    _, saving, _, _ = prepare(train={"activation_checkpointing": "full"}, engines={"model": model})
     assert distance(saving.gradient(batch)[1], plain.gradient(batch)[1]) < 1e-12
 
 

@@ -208,7 +208,10 @@ def _student(config: Config) -> Student:
         dtype=getattr(torch, train.param_dtype),
         autocast=torch.bfloat16 if gpu and train.param_dtype == "float32" else None,
         optimizer=train.optimizer,
-        checkpointing=train.gradient_checkpointing,
+        # On a CPU the inputs of layers stay where they are.
+        checkpointing="full"
+        if train.activation_checkpointing == "offload" and not gpu
+        else train.activation_checkpointing,
         fused=gpu,
         temperature=1.0 if raw else sampled,
         extra_temperature=sampled if raw and sampled != 1.0 else None,
@@ -303,6 +306,7 @@ def _largest(
 
 
 def _cost(config: Config, found: Plan, student: Student, taught: bool, response: int) -> None:
+    from scope_opd.models.checkpointing import recomputed_share
     from scope_opd.models.footprint import forward_flops
 
     rollouts = config.train.prompts_per_step * config.rollout.n
@@ -320,7 +324,7 @@ def _cost(config: Config, found: Plan, student: Student, taught: bool, response:
         "generation": once,
         "scoring": rollouts * forward_flops(found.shapes["teacher"], length) if taught else 0.0,
         "update": 3 * passes * once + recorded,
-        "recomputation": passes * once if student.checkpointing else 0.0,
+        "recomputation": passes * once * recomputed_share(student.shape.layers, student.checkpointing),
     }
 
 

@@ -110,7 +110,7 @@ def memory_in_one_line() -> Iterator[None]:
             f"out of memory: {text[:160] or type(error).__name__}",
             "a step that fits",
             "lower train.max_tokens_per_microbatch, rollout.max_rows or rollout.max_tokens, or set "
-            "train.gradient_checkpointing; scope doctor estimates",
+            "train.activation_checkpointing; scope doctor estimates",
         ) from None
 
 

@@ -166,7 +166,9 @@ class TrainConfig(Table):
     ``max_tokens_per_microbatch`` bounds prompt + response tokens (padding included) of one forward and backward pass;
     it changes memory and speed, never the gradient. ``param_dtype = "bfloat16"`` is the paper's pure-bf16 training:
     most updates at small learning rates round to nothing there; float32 keeps fp32 master weights (bf16 autocast on a
-    GPU). ``threads``: torch intra-op threads; None leaves torch's choice.
+    GPU). ``activation_checkpointing``: which decoder layers the backward pass computes again instead of keeping their
+    activations: none ("off"), all ("full"), every n-th (n), or all, with their inputs in CPU memory until then
+    ("offload"). ``threads``: torch intra-op threads; None leaves torch's choice.
     """
 
     steps: PositiveInt = 100
@@ -183,7 +185,7 @@ class TrainConfig(Table):
     updates_per_batch: PositiveInt = 1
     max_tokens_per_microbatch: PositiveInt = 16384
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    gradient_checkpointing: bool = False
+    activation_checkpointing: Literal["off", "full", "offload"] | PositiveInt = "off"
     device: str = "auto"
     threads: Annotated[int, Field(gt=0, le=4096)] | None = None
 

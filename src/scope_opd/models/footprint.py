@@ -14,16 +14,19 @@ import contextlib
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from scope_opd.errors import ModelError
+from scope_opd.models.checkpointing import Setting, set_checkpointing
 from scope_opd.models.head import HeadView, Tail, TokenScores, _tails, response_logprobs, score_hidden
 from scope_opd.models.watch import Moments, Watch, decoder_layers
 
@@ -107,7 +110,7 @@ def update_moments(
     rows: int = 1,
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
-    checkpointing: bool = False,
+    checkpointing: Setting = "off",
     temperature: float = 1.0,
     extra_temperature: float | None = None,
     layers: int | None = None,
@@ -122,7 +125,7 @@ def update_moments(
         rows: of equal length.
         dtype: of the weights.
         autocast: what matrices are multiplied in, if not in ``dtype``.
-        checkpointing: ``train.gradient_checkpointing``.
+        checkpointing: ``train.activation_checkpointing``; of "offload" what is left on the device.
         temperature, extra_temperature: as for ``response_logprobs``.
         layers: depth; None is the config's. Deeper than ``SHALLOW`` is extrapolated.
 
@@ -143,7 +146,7 @@ def update_moments(
             temperature=temperature, extra_temperature=extra_temperature,
         )  # fmt: skip
 
-    return _any_depth(config, dtype, layers, run)
+    return _any_depth(config, dtype, layers, run, checkpointing if isinstance(checkpointing, int) else 1)
 
 
 def run_update(
@@ -153,17 +156,13 @@ def run_update(
     *,
     rows: int = 1,
     autocast: torch.dtype | None = None,
-    checkpointing: bool = False,
+    checkpointing: Setting = "off",
     temperature: float = 1.0,
     extra_temperature: float | None = None,
 ) -> None:
     """One micro-batch as the learner runs it, under ``watch``: of real tensors, or of such without data."""
     model = view.model
-    if checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-        for module in model.modules():
-            module.training = bool(getattr(module, "gradient_checkpointing", False))
+    set_checkpointing(model, checkpointing, keep=_elsewhere if checkpointing == "offload" else None)
     ids, positions = _rows(tokens, rows)
     wanted = ids[positions[:, 0], positions[:, 1]]
     with watch:
@@ -206,10 +205,16 @@ def peak(moments: Mapping[str, Counter[str]]) -> tuple[str, Counter[str]]:
 
 
 def _any_depth(
-    config: Any, dtype: torch.dtype, layers: int | None, run: Callable[[PreTrainedModel, Watch], None]
+    config: Any,
+    dtype: torch.dtype,
+    layers: int | None,
+    run: Callable[[PreTrainedModel, Watch], None],
+    period: int = 1,
 ) -> Moments:
+    """Of any depth, where every ``period``-th layer is like another: the two depths traced are so far from it too."""
     depth = layers or int(config.get_text_config().num_hidden_layers)
-    few, more = SHALLOW
+    few = SHALLOW[0] + (depth - SHALLOW[0]) % period
+    more = few + (SHALLOW[1] - SHALLOW[0]) * period
     if depth <= more:
         return _trace(config, dtype, depth, run)
     low, high = _trace(config, dtype, few, run), _trace(config, dtype, more, run)
@@ -217,7 +222,10 @@ def _any_depth(
     for moment, at_more in high.items():
         at_few = low[moment]
         found[moment] = Counter(
-            {part: size + (depth - more) * (size - at_few.get(part, 0)) for part, size in at_more.items()}
+            {
+                part: size + (depth - more) * (size - at_few.get(part, 0)) // (more - few)
+                for part, size in at_more.items()
+            }
         )
     return found
 
@@ -280,6 +288,13 @@ def _quiet_about_checkpointing() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _elsewhere(hidden: Tensor) -> AbstractContextManager[Any]:
+    """A layer's input is off the device from the end of the forward pass until the layer is computed again."""
+    return saved_tensors_hooks(
+        lambda tensor: (tensor.shape, tensor.dtype), lambda saved: torch.empty(saved[0], dtype=saved[1])
+    )
 
 
 def _cast(dtype: torch.dtype | None) -> Any:

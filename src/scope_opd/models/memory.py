@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from scope_opd.models.checkpointing import Setting
 from scope_opd.models.footprint import Moments, Shape, peak, scoring_moments, shape_of, update_moments
 from scope_opd.models.head import KEPT_LOGITS
 
@@ -55,7 +56,7 @@ class Student:
         dtype: of its weights, gradients and optimiser states.
         autocast: what it computes in, where that is another.
         optimizer: "adamw" or "muon".
-        checkpointing: ``train.gradient_checkpointing``.
+        checkpointing: ``train.activation_checkpointing``.
         fused: one kernel updates everything in place (AdamW on a GPU).
         temperature, extra_temperature: of the log-probs.
     """
@@ -65,7 +66,7 @@ class Student:
     dtype: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
     optimizer: Literal["adamw", "muon"] = "adamw"
-    checkpointing: bool = False
+    checkpointing: Setting = "off"
     fused: bool = True
     temperature: float = 1.0
     extra_temperature: float | None = None

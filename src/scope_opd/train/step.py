@@ -7,13 +7,13 @@ so no cut into micro-batches changes them. Not covered: the loss (``forward``), 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from scope_opd.config import TrainConfig
+from scope_opd.models.checkpointing import set_checkpointing
 from scope_opd.train.batch import Batch, MicroBatch
 from scope_opd.train.engines import Engines
 from scope_opd.train.forward import Forward, Recorded
@@ -35,11 +35,7 @@ class Learner:
         self.forward = Forward(engines)
         self.optimizer = Optimizer(engines.model, config)
         self.device = self.forward.device
-        if config.gradient_checkpointing:
-            model = engines.model
-            # The method's name changed within the versions of transformers that are supported.
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+        set_checkpointing(engines.model, config.activation_checkpointing)
 
     def begin(self, shares: Sequence[Sequence[MicroBatch]], begun: Begun | None = None) -> Begun:
         """Forward and backward over a part of a step, whose numbers are not divided by the step's denominator.
@@ -143,9 +139,8 @@ class Learner:
         return [self.forward.record(micro) for micro in batch.micro]
 
     def _backward(self, micro: MicroBatch, tokens: int, recorded: Recorded | None) -> Pass:
-        with self._training():
-            result = self.forward.run(micro, tokens, recorded)
-            result.loss.sum().backward()
+        result = self.forward.run(micro, tokens, recorded)
+        result.loss.sum().backward()
         result.loss = result.loss.detach()
         return result
 
@@ -161,19 +156,6 @@ class Learner:
         if isinstance(limit, float) and torch.isfinite(norm):  # else "off"
             torch.nn.utils.clip_grads_with_norm_(self.optimizer.parameters, limit, norm)
         return norm
-
-    @contextmanager
-    def _training(self) -> Iterator[None]:
-        """Activation checkpointing acts in training mode only; dropout stays off, for pi_old must be the sampler's."""
-        if not self.config.gradient_checkpointing:
-            yield
-            return
-        for module in self.model.modules():
-            module.training = bool(getattr(module, "gradient_checkpointing", False))
-        try:
-            yield
-        finally:
-            self.model.eval()
 
 
 def _mean(values: list[float]) -> float | None:

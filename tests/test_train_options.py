@@ -1,0 +1,149 @@
+"""What saves memory or time in the update changes nothing that it must not: recomputation, states, precision."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from scope_opd.models.checkpointing import recomputed_share, set_checkpointing
+from scope_opd.models.head import HeadView, response_logprobs
+from scope_opd.models.packing import pack, packed_hidden, packs_exactly
+from scope_opd.models.watch import decoder_layers
+from tiny import tiny_model
+
+SETTINGS: list[Any] = ["full", "offload", 1, 2, 3]
+
+
+def rows(generator: torch.Generator, size: tuple[int, int] = (3, 12)) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(3, 300, size, generator=generator)
+    positions = torch.tensor([[row, column] for row in range(size[0]) for column in range(1, size[1])])
+    return ids, positions
+
+
+def gradient(model: Any, ids: Tensor, positions: Tensor) -> list[Tensor]:
+    loss = response_logprobs(model, ids, None, positions, 0.7).logprobs.square().sum()
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+class Counting:
+    """How often each layer's attention runs."""
+
+    def __init__(self, model: Any) -> None:
+        self.calls = [0] * len(decoder_layers(model))
+        for index, layer in enumerate(decoder_layers(model)):
+            attention = next(child for name, child in layer.named_children() if "att" in name)
+            attention.register_forward_hook(self._count(index))
+
+    def _count(self, index: int) -> Any:
+        def ran(*_: Any) -> None:
+            self.calls[index] += 1
+
+        return ran
+
+
+class TestCheckpointing:
+    @pytest.mark.parametrize("setting", SETTINGS)
+    @pytest.mark.parametrize("kind", ["qwen3", "gpt_neox"])
+    def test_gradients_are_those_of_off_bit_for_bit(self, kind: str, setting: Any) -> None:
+        model = tiny_model(kind, layers=4)
+        ids, positions = rows(torch.Generator().manual_seed(0))
+        expected = gradient(model, ids, positions)
+        set_checkpointing(model, setting)
+        assert all(map(torch.equal, gradient(model, ids, positions), expected))
+
+    @pytest.mark.parametrize(
+        ("setting", "expected"),
+        [
+            ("off", [1, 1, 1, 1]),
+            ("full", [2, 2, 2, 2]),
+            ("offload", [2, 2, 2, 2]),
+            (2, [2, 1, 2, 1]),
+            (3, [2, 1, 1, 2]),
+        ],
+    )
+    def test_just_the_layers_that_the_setting_names_run_twice(self, setting: Any, expected: list[int]) -> None:
+        model = tiny_model("llama", layers=4)
+        ids, positions = rows(torch.Generator().manual_seed(0))
+        view = HeadView(model)
+        set_checkpointing(model, "full")
+        set_checkpointing(model, setting)  # replaces the one before
+        counting = Counting(model)
+        response_logprobs(view, ids, None, positions).logprobs.sum().backward()
+        assert counting.calls == expected
+        assert recomputed_share(4, setting) == sum(calls - 1 for calls in expected) / 4
+
+    def test_nothing_is_recomputed_without_gradient_and_decoding_keeps_its_cache(self) -> None:
+        plain, model = tiny_model("qwen3", layers=3), tiny_model("qwen3", layers=3)
+        set_checkpointing(model, "full")
+        counting = Counting(model)
+        ids, positions = rows(torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            view = HeadView(model)
+            before = list(counting.calls)
+            response_logprobs(view, ids, None, positions)
+        assert [calls - was for calls, was in zip(counting.calls, before, strict=True)] == [1, 1, 1]
+        kept = {"do_sample": False, "max_new_tokens": 8, "attention_mask": torch.ones_like(ids), "eos_token_id": None}
+        assert torch.equal(model.generate(ids, **kept), plain.generate(ids, **kept))
+
+    @pytest.mark.parametrize("setting", ["full", "offload", 2])
+    def test_packs_are_kept_apart_in_recomputed_layers_too(self, setting: Any) -> None:
+        model = tiny_model("qwen3", layers=3, dtype=torch.float64)
+        view = HeadView(model)
+        assert packs_exactly(view)
+        sequences = [[7 * i % 300 + 3 for i in range(size)] for size in (5, 9, 2)]
+        body = list(model.model.parameters())
+
+        def packed_gradient() -> list[Tensor]:
+            return list(torch.autograd.grad(packed_hidden(view, pack(sequences)).square().sum(), body))
+
+        expected = packed_gradient()
+        set_checkpointing(model, setting)
+        assert all(map(torch.equal, packed_gradient(), expected))
+
+    def test_a_copy_runs_its_own_layers(self) -> None:
+        model = tiny_model("qwen3")
+        set_checkpointing(model, "full")
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        ids, positions = rows(torch.Generator().manual_seed(0))
+        assert all(map(torch.equal, gradient(twin, ids, positions), gradient(tiny_model("qwen3"), ids, positions)))
+
+    def test_an_offloaded_input_is_what_the_layer_was_given(self) -> None:
+        """And nothing else passes through the context that saves it: masks and the like stay where they are."""
+        model = tiny_model("qwen3", layers=3)
+        ids, positions = rows(torch.Generator().manual_seed(0))
+        given: list[Tensor] = []
+        for layer in decoder_layers(model):
+            layer.register_forward_pre_hook(lambda _, args: given.append(args[0].detach().clone()))
+        saved: list[Tensor] = []
+
+        def keep(hidden: Tensor) -> Any:
+            def pack_one(tensor: Tensor) -> Tensor:
+                saved.append(tensor.detach().clone())
+                return tensor
+
+            return torch.autograd.graph.saved_tensors_hooks(pack_one, lambda tensor: tensor)
+
+        set_checkpointing(model, "offload", keep=keep)
+        view = HeadView(model)
+        given.clear()
+        response_logprobs(view, ids, None, positions).logprobs.sum().backward()
+        assert len(saved) == 3
+        assert all(map(torch.equal, saved, given))
+
+    def test_modules_stay_in_eval_mode(self) -> None:
+        model = tiny_model("qwen3", attention_dropout=0.5)
+        set_checkpointing(model, "full")
+        ids, positions = rows(torch.Generator().manual_seed(0))
+        assert all(map(torch.equal, gradient(model, ids, positions), gradient(tiny_model("qwen3"), ids, positions)))
+        assert not any(module.training for module in model.modules())
+
+    def test_every_0th_layer_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="activation_checkpointing = 0"):
+            set_checkpointing(tiny_model("qwen3"), 0)
