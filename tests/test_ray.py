@@ -1,12 +1,15 @@
-"""A run under Ray: one function for all launchers; a worker that dies costs no more than the steps since a checkpoint."""
+"""A run under Ray: a worker that dies costs no more than the steps since the last checkpoint."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from typing import Any
 
 import pytest
 
+from scope_opd.config import validate_config
+from scope_opd.errors import ConfigError
 from scope_opd.train.signals import Interrupted, Signals, request
 
 
@@ -35,7 +38,23 @@ class TestARunThatGetsNoSignals:
 
     def test_cannot_be_asked_before_it_has_begun(self) -> None:
         assert not request(signal.SIGINT)
-        with Signals() as signals, pytest.raises(Interrupted, match="SIGINT"):
+        with Signals() as signals:
             assert request(signal.SIGINT)
-            signals.poll()
+            with pytest.raises(Interrupted, match="SIGINT"):
+                signals.poll()
         assert not request(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("workers", 0, r"launch.ray.workers = 0; expected greater than 0"),
+        ("gpus_per_worker", 2, r"launch.ray.gpus_per_worker = 2; expected 0 or 1"),
+        ("resources", {"GPU": 1.0}, r"launch.ray.resources names GPU; .*set launch.ray.gpus_per_worker"),
+        ("placement", "near", r"launch.ray.placement = 'near'; expected 'pack'"),
+        ("max_failures", -2, r"launch.ray.max_failures = -2"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(key: str, value: Any, line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        validate_config({"launch": {"ray": {key: value}}})

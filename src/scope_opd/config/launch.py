@@ -7,13 +7,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from scope_opd.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Table
+from scope_opd.config.ray import RayConfig
 
 Devices = list[NonNegativeInt]
 """GPUs by number, counted among those that are visible."""
 
 
 class LaunchConfig(Table):
-    """What ``scope launch`` starts on this machine, and where (docs/serving.md). ``scope train`` does not read it.
+    """What ``scope launch`` starts on this machine, and where (docs/serving.md). ``scope train`` reads ``ray`` alone.
 
     ``trainer``, ``samplers``, ``teachers``: how many GPUs each of them gets, or which ([0, 1]). A rank of the trainer
     has one, a server ``serving.student`` or ``serving.teacher.tensor_parallel_size``. Where there is no GPU to be had
@@ -35,3 +36,4 @@ class LaunchConfig(Table):
     threads: Annotated[int, Field(gt=0, le=4096)] | None = None
     restarts: NonNegativeInt = 2
     stop_timeout_s: PositiveFloat = 600.0
+    ray: RayConfig = Field(default_factory=RayConfig)
