@@ -2,31 +2,142 @@
 
 Rank 0 leads: it alone reads data, drives rollouts and judging, asks servers, and writes the run folder. Every other
 rank ``follow``s: it waits for rank 0 to name a job, does its share, and answers. A job is a function registered under
-the same name on every rank; inside it all ranks may use collectives. A world of one calls the function.
+the same name on every rank; inside it all ranks may use torch's collectives. A world of one calls the function.
 
-Not covered: what the jobs are.
+All ranks end together. A rank that fails says so to rank 0, which tells the others; one that is killed is missed at
+once, because its connection closes. Rank 0 then gets ``RankLost`` wherever it is, closes what it has open and ends with
+that line; a follower that is stuck in a collective ends on the spot, for it holds nothing. Signals are rank 0's to
+heed: a follower passes over the first one.
+
+Jobs travel over a connection of each follower to rank 0 (``wires``), not over a collective: generation may last hours,
+and a collective has a time limit. Not covered: what the jobs are, starting the processes (torchrun, Ray).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from scope_opd.errors import RunFailed, ScopeError
+from scope_opd.wires import Ending, Wire, ending_of, gone, open_wires
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Job = Callable[[Any], Any]
 
+_WAKE = getattr(signal, "SIGRTMIN", signal.SIGUSR2)
+"""Sent by rank 0 to its own main thread, so that a blocking call there ends when another rank has failed."""
+_OF_COLLECTIVES = ("gloo", "nccl", "connection", "timed out")
+"""Words in torch's errors about collectives; they have no class of their own."""
+_CAUSE_S = 3.0
+"""How long a rank whose collective broke waits to hear whose fault it was."""
+_CLOSING_S = 20.0
+"""How long rank 0 may take to close its run folder after another rank failed, and all to leave at the end."""
+
+
+class RankLost(KeyboardInterrupt):
+    """Another rank failed. Raised in rank 0's main thread; a KeyboardInterrupt, since asyncio lets that pass through.
+    ``Ranks.__exit__`` turns it into the ``RunFailed`` that says why."""
+
+
+class Work:
+    """A job that the other ranks do while rank 0 does something else. Made by ``Ranks.begin``."""
+
+    def __init__(self, ranks: Ranks, number: int) -> None:
+        self.number = number
+        self.results: dict[int, Any] = {}
+        self._ranks, self._parts = ranks, list[Any]()
+
+    @property
+    def done(self) -> bool:
+        """Whether every other rank has given its result."""
+        return len(self.results) == self._ranks.world - 1
+
+    def take(self) -> tuple[list[Any], bool]:
+        """What the others told since this was last asked, and whether that is all. Does not wait.
+
+        Raises:
+            RunFailed: one of them failed.
+        """
+        with self._ranks.state:
+            if self._ranks.failure is not None:
+                raise self._ranks.failure
+            parts, self._parts = self._parts, []
+            return parts, self.done
+
+    def add(self, kind: str, rank: int, value: Any) -> None:
+        if kind == "part":
+            self._parts.append(value)
+        else:
+            self.results[rank] = value
+
 
 class Ranks:
-    """The processes of a run.
+    """The processes of a run; a context manager around all that they do together.
 
     Attributes:
         rank: of this process, 0 <= rank < world.
         world: how many there are.
         local_rank: of this process on its machine: which GPU is its own.
+        shield: entered by rank 0 around every job with collectives, so that no signal of the user's cuts it.
+        failure: why another rank ended; None as long as none has.
+        state: held by whoever looks at, or changes, what the connections' threads change.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1, local_rank: int = 0) -> None:
+    def __init__(
+        self, rank: int = 0, world: int = 1, local_rank: int = 0, wires: dict[int, Wire] | None = None
+    ) -> None:
         self.rank, self.world, self.local_rank = rank, world, local_rank
+        self.shield: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.failure: RunFailed | None = None
+        self.state = threading.Condition()
+        self._wires = wires or {}
         self._jobs: dict[str, Job] = {}
+        self._turn = threading.Lock()
+        self._number = 0
+        self._work: Work | None = None
+        self._here: set[int] = set()
+        self._closed = False
+        self._told = False
+        self._idle = False
+        self._cancelled = -1
+        self._inbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self._former: dict[int, Any] = {}
+        self._heeded = False
+
+    @staticmethod
+    def from_environment(timeout_s: float, *, cuda: bool = False) -> Ranks:
+        """The ranks that torchrun, or whoever sets the same variables, has started.
+
+        RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are read; without them it is a world of one. A process
+        group that is there already (Ray's) is used as it is.
+
+        Args:
+            timeout_s: limit of each collective, and of the ranks' finding one another.
+            cuda: whether the ranks compute on GPUs, each on the one of its local rank.
+
+        Raises:
+            ScopeError: the variables are not whole, or the other ranks were not found.
+        """
+        world, rank, local = (_integer(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
+        if world is None or world == 1:
+            return Ranks()
+        if rank is None or local is None or not 0 <= rank < world:
+            raise ScopeError(
+                f"WORLD_SIZE={world}, RANK={rank}, LOCAL_RANK={local} in the environment",
+                "a RANK below WORLD_SIZE, and a LOCAL_RANK",
+                "start the ranks with torchrun",
+            )
+        return Ranks(rank, world, local, open_wires(rank, world, local, timeout_s, cuda=cuda))
 
     @property
     def leads(self) -> bool:
@@ -36,6 +147,8 @@ class Ranks:
     def register(self, name: str, job: Job) -> None:
         """Make ``job`` known under a name; the same name on every rank. A later one replaces an earlier."""
         self._jobs[name] = job
+
+    # --- rank 0 ------------------------------------------------------------------------------------------------------
 
     def everywhere(self, name: str, shares: Sequence[Any]) -> list[Any]:
         """Rank 0 has every rank do a job, each with its share, and gets what each returned, by rank.
@@ -47,9 +160,324 @@ class Ranks:
             shares: one a rank.
 
         Raises:
-            Exception: what rank 0's own share raised.
+            Exception: what rank 0's own share raised; the others have been told and have ended.
             RunFailed: another rank failed; its line, and which rank it was.
         """
         assert self.leads, f"rank {self.rank} does not lead"
         assert len(shares) == self.world, f"{len(shares)} shares for {self.world} ranks"
-        return [self._jobs[name](shares[0])]
+        if self.world == 1:
+            return [self._jobs[name](shares[0])]
+        with self.shield(), self._turn:
+            work = self._start(name, shares[1:])
+            try:
+                own = self._jobs[name](shares[0])
+                with self.state:
+                    while not work.done and self.failure is None:
+                        self.state.wait()
+            except BaseException as error:
+                self._wait_for_the_cause(error)
+                if self.failure is None:
+                    self._close(ending_of(error, self.rank))
+                    raise
+                raise self._telling() from error
+            finally:
+                self._work = None
+            if self.failure is not None:
+                raise self._telling()
+            return [own, *(work.results[rank] for rank in range(1, self.world))]
+
+    @contextmanager
+    def begin(self, name: str, shares: Sequence[Any]) -> Iterator[Work]:
+        """A job without collectives on the other ranks, while rank 0 does something of its own in the ``with`` block.
+
+        A block that is left early calls the job off: ``cancelled`` is then true in it.
+
+        Args:
+            name: registered on every rank.
+            shares: one for each of the other ranks.
+
+        Raises:
+            RunFailed: a rank has failed before.
+        """
+        assert self.leads, f"rank {self.rank} does not lead"
+        assert len(shares) == self.world - 1, f"{len(shares)} shares for {self.world - 1} other ranks"
+        with self._turn:
+            work = self._start(name, shares)
+            try:
+                yield work
+            finally:
+                self._work = None
+                if not work.done:
+                    self._send(("cancel", work.number))
+
+    def _start(self, name: str, shares: Sequence[Any]) -> Work:
+        if self.failure is not None:
+            raise self._telling()
+        if self._closed:
+            raise RunFailed("the other ranks have ended", "all of them", "see the first error")
+        self._number += 1
+        self._work = work = Work(self, self._number)
+        for wire, share in zip(self._wires.values(), shares, strict=True):
+            with suppress(OSError):  # who is gone is missed by the thread that hears it
+                wire.send(("job", self._number, name, share))
+        return work
+
+    # --- the others --------------------------------------------------------------------------------------------------
+
+    def follow(self) -> None:
+        """Do what rank 0 asks until it has nothing more.
+
+        Raises:
+            RunFailed: rank 0, or another rank, failed; the line says which and why.
+            Exception: what a job of this rank raised.
+        """
+        assert not self.leads, "rank 0 leads"
+        while (message := self._next())[0] != "end":
+            _, self._number, name, share = message
+            try:
+                result = self._jobs[name](share)
+            except BaseException as error:
+                self._wait_for_the_cause(error)
+                raise
+            self._send(("result", self._number, result))
+
+    def tell(self, value: Any) -> None:
+        """From inside a job that rank 0 did ``begin``: a part of the result, to be had before the end."""
+        self._send(("part", self._number, value))
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether rank 0 has called off the job at hand: what it gives will not be looked at."""
+        return self._cancelled == self._number
+
+    def _next(self) -> tuple[Any, ...]:
+        """What rank 0 says next. While this rank waits here it can be told of another's end; else that ends it."""
+        with self.state:
+            self._idle = True
+        try:
+            message = self._inbox.get()
+        finally:
+            with self.state:
+                self._idle = False
+        if message[0] == "end" and message[1] is not None:
+            self.failure = message[1].error()
+            raise self.failure
+        return message
+
+    # --- all ---------------------------------------------------------------------------------------------------------
+
+    def meet(self, value: Any = None) -> Any:
+        """Wait, without a time limit, until every rank has come here; returns rank 0's value on all of them.
+
+        Raises:
+            RunFailed: a rank has failed.
+        """
+        if self.world == 1:
+            return value
+        if not self.leads:
+            self._send(("here", 0, None))
+            return self._next()[1]
+        with self.state:
+            while len(self._here) < self.world - 1 and self.failure is None:
+                self.state.wait()
+            self._here.clear()
+        if self.failure is not None:
+            raise self._telling()
+        self._send(("go", value))
+        return value
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Inside a job: the sum over all ranks of a small tensor on the CPU, in place; a collective."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(values)
+        return values
+
+    # --- beginning and end -------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Ranks:
+        if self.world > 1:
+            self._watch_signals()
+            for other, wire in self._wires.items():
+                hear = self._hear_follower if self.leads else self._hear_leader
+                threading.Thread(target=hear, args=(other, wire), name=f"scope-rank-{other}", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.world == 1:
+            return
+        ending = None if error is None else ending_of(error, self.rank)
+        if self.failure is None:
+            self._close(ending)
+            if error is None:
+                self._leave()
+        failure = self.failure
+        self._unwatch_signals()
+        for wire in self._wires.values():
+            wire.close()
+        if failure is not None and error is not failure:
+            self._told = True
+            raise failure from error
+
+    def _close(self, ending: Ending | None) -> None:
+        """This rank is done with the others, or has an error of its own to tell them of."""
+        with self.state:
+            if self._closed:
+                return
+            self._closed = True  # what the others say from here on changes nothing
+        if self.leads:
+            self._send(("end", ending))
+        elif ending is not None:
+            self._send(("error", 0, ending))
+
+    def _leave(self) -> None:
+        """Nobody takes the process group down while another rank may still need it."""
+        import torch.distributed as dist
+
+        if self.leads:
+            with self.state:
+                self.state.wait_for(lambda: len(self._here) == self.world - 1, _CLOSING_S)
+        else:
+            self._send(("here", 0, None))
+        with suppress(Exception):  # all is done: what torch has to say about its sockets changes nothing
+            dist.destroy_process_group()
+
+    def _send(self, message: tuple[Any, ...]) -> None:
+        for wire in self._wires.values():
+            with suppress(OSError):  # who is gone is missed by the thread that hears it
+                wire.send(message)
+
+    # --- when a rank fails -------------------------------------------------------------------------------------------
+
+    def _hear_follower(self, other: int, wire: Wire) -> None:
+        """On rank 0, a thread for each of the others."""
+        while True:
+            try:
+                kind, number, value = wire.receive()
+            except (OSError, ValueError):
+                if not self._closed:
+                    self._fail(gone(other, wire.who))
+                with self.state:
+                    self._here.add(other)
+                    self.state.notify_all()
+                return
+            with self.state:
+                if kind == "here":
+                    self._here.add(other)
+                elif kind in ("part", "result") and self._work is not None and self._work.number == number:
+                    self._work.add(kind, other, value)
+                self.state.notify_all()
+            if kind == "error":
+                self._fail(value)
+
+    def _fail(self, ending: Ending) -> None:
+        """Rank 0 hears that another has failed: it tells the rest, and breaks off whatever it does itself."""
+        with self.state:
+            if self.failure is not None or self._closed:
+                return
+            self.failure = ending.error()
+            self.state.notify_all()
+        self._send(("end", ending))
+        self._after(_CAUSE_S, self._break_collectives)
+        self._after(_CLOSING_S, self._end_here)
+        if self._former and not self._told:
+            signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
+
+    def _hear_leader(self, _: int, wire: Wire) -> None:
+        """On every other rank, the thread that hears rank 0."""
+        while True:
+            try:
+                message = wire.receive()
+            except (OSError, ValueError):
+                message = ("end", gone(0, wire.who))
+            if message[0] == "cancel":
+                self._cancelled = message[1]
+                continue
+            over = message[0] == "end"
+            with self.state:
+                if self._closed:
+                    return
+                if over and message[1] is not None and not self._idle:
+                    self.failure = message[1].error()
+                    self._end_here()  # perhaps from within a collective, which nothing else would end
+                self._inbox.put(message)
+            if over:
+                return
+
+    def _wait_for_the_cause(self, error: BaseException) -> None:
+        """A collective that broke is another rank's doing most of the time: wait until that is known."""
+        text = str(error).lower()
+        if isinstance(error, RuntimeError) and any(
+            word in text for word in ("gloo", "nccl", "connection", "timed out")
+        ):
+            with self.state:
+                self.state.wait_for(lambda: self.failure is not None, _CAUSE_S)
+
+    def _telling(self) -> RunFailed:
+        assert self.failure is not None
+        self._told = True
+        return self.failure
+
+    def _break_collectives(self) -> None:
+        if self._work is not None:
+            import torch.distributed as dist
+
+            with suppress(Exception):
+                dist.distributed_c10d._abort_process_group()
+
+    def _end_here(self) -> None:
+        """The line of the first error, and the end of this process."""
+        assert self.failure is not None
+        with suppress(OSError, ValueError):
+            print(f"error: {self.failure}", file=sys.stderr, flush=True)
+        os._exit(self.failure.exit_code)
+
+    @staticmethod
+    def _after(seconds: float, action: Callable[[], None]) -> None:
+        def run() -> None:
+            time.sleep(seconds)
+            action()
+
+        threading.Thread(target=run, name="scope-rank-end", daemon=True).start()
+
+    # --- signals -----------------------------------------------------------------------------------------------------
+
+    def _watch_signals(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            handlers: dict[int, Any] = {signal.SIGTERM: self._on_signal}
+            if self.leads:
+                handlers[_WAKE] = self._on_wake
+            else:
+                handlers[signal.SIGINT] = self._on_signal
+            self._former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+    def _unwatch_signals(self) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former = {}
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.failure is not None:
+            return  # torchrun sends SIGTERM once a rank has ended; this one is about to
+        if self.leads:
+            raise SystemExit(128 + number)  # before the run folder is open: nothing is to be saved
+        if self._heeded:
+            os._exit(128 + number)
+        self._heeded = True
+
+    def _on_wake(self, number: int, frame: FrameType | None) -> None:
+        for other in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(other, self._on_signal)  # in the place of a run's own handlers, which would save
+        if not self._told:
+            self._told = True
+            raise RankLost
+
+
+def _integer(name: str) -> int | None:
+    try:
+        return int(os.environ[name])
+    except (KeyError, ValueError):
+        return None
