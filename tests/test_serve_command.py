@@ -26,8 +26,8 @@ from scope_opd.cli.main import main
 from scope_opd.cli.serve_command import describe
 from scope_opd.config import Config, load_config
 from scope_opd.errors import ConfigError
+from scope_opd.serving.guarded import GRACE_S
 from scope_opd.serving.launch import INSIDE, Launch, Served, chunk_tokens, plan_launch, root_cause
-from scope_opd.serving.process import GRACE_S
 from tiny import save_pair
 
 KEY = "sk-of-the-serve-tests-123"

