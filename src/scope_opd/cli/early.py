@@ -12,7 +12,7 @@ from scope_opd.config import Config
 from scope_opd.data.files import check_file
 from scope_opd.data.hub import is_hub, parse_hub
 from scope_opd.data.prompts import read_template
-from scope_opd.errors import ConfigError
+from scope_opd.errors import ConfigError, RunFolderError
 from scope_opd.models.places import check_device_name, resolve_path
 
 ZOO = "zoo"
@@ -40,6 +40,23 @@ def check_early(config: Config, sources: Iterable[str | None]) -> None:
             parse_hub(source)
         else:
             check_file(Path(source).expanduser())
+
+
+def check_run_folder(folder: Path, *, resume: bool) -> None:
+    """Refuse a run folder that the run could not use: an occupied one is worth knowing of before minutes of loading.
+
+    Raises:
+        RunFolderError: occupied, in use, or not writable.
+    """
+    if folder.exists():
+        from scope_opd.train.runfolder import RunFolder
+
+        RunFolder.open(folder, resume=resume).close()
+        return
+    from scope_opd.cli.checks import writable
+
+    if not writable(folder):
+        raise RunFolderError(f"run folder {folder}", "a folder that can be written", "choose another run.dir")
 
 
 def eval_source(config: Config) -> str | None:

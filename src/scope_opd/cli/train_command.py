@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from scope_opd.errors import RunFailed, RunFolderError
+from scope_opd.errors import RunFailed
 from scope_opd.words import counted
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def train(
     run_dir
         The run folder, in place of run.dir.
     """
-    from scope_opd.cli.early import check_early, eval_source
+    from scope_opd.cli.early import check_early, check_run_folder, eval_source
     from scope_opd.config import load_config
 
     given = list(overrides or [])
@@ -60,16 +60,7 @@ def train(
     sources = {"train": settings.data.train, "eval": eval_source(settings)}
     check_early(settings, sources.values())
     folder = Path(settings.run.dir)
-    if folder.exists():
-        # An occupied folder is worth knowing of before minutes of loading.
-        from scope_opd.train.runfolder import RunFolder
-
-        RunFolder.open(folder, resume=resume).close()
-    else:
-        from scope_opd.cli.checks import writable
-
-        if not writable(folder):
-            raise RunFolderError(f"run folder {folder}", "a folder that can be written", "choose another run.dir")
+    check_run_folder(folder, resume=resume)
     print("loading torch, data and models ...", file=sys.stderr, flush=True)
 
     from scope_opd.cli.engines import build_engines
