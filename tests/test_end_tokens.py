@@ -20,6 +20,7 @@ from scope_opd.cli.main import main
 from scope_opd.config import Config, load_config, validate_config
 from scope_opd.credit import assign_credit, judged_tokens, student_nll, teacher_nll
 from scope_opd.errors import DataError, ModelError
+from scope_opd.models.rows import stack
 from scope_opd.objective.methods import build_method
 from scope_opd.records import rollout_from_dict, rollout_to_dict
 from scope_opd.report.load import _perplexity
@@ -97,7 +98,7 @@ class TestWhatTheTeacherIsAsked:
         (score,) = asyncio.run(teacher.score([one]))
         assert score.logprobs is not None
         assert score.mask == [1, 0]
-        hidden = teacher.response_hidden(torch.tensor([[5, 6, 7, 4, foreign]]), None, torch.tensor([[0, 3], [0, 4]]))
+        hidden = teacher.response_hidden(stack([[5, 6, 7, 4, foreign]], packed=True), torch.tensor([[0, 3], [0, 4]]))
         assert hidden.isfinite().all()
 
 

@@ -15,7 +15,7 @@ from scope_opd.cli import engines
 from scope_opd.cli.engines import Built, build_engines
 from scope_opd.config import Config, load_config
 from scope_opd.evaluate.run import evaluation_seed
-from scope_opd.models.batching import response_positions
+from scope_opd.models.rows import positions_of, stack
 from scope_opd.rollout.local import LocalSampler
 from scope_opd.teacher.local import LocalTeacher
 from scope_opd.train.loop import train
@@ -119,15 +119,17 @@ def test_the_teachers_logits_and_the_reference_are_there_where_they_are_asked_fo
 def test_the_reference_is_a_frozen_copy_at_the_students_temperature(convention: str, pair: Path) -> None:
     made = build_engines(configured(pair, "objective.reference_kl=0.1", f"objective.temperature={convention}")).engines
     assert made.reference is not None
-    ids, positions = torch.tensor([[5, 6, 7, 8, 9]]), response_positions([2], [3])
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
         scaled = made.model(ids).logits[0, 1:4] / TEMPERATURES[convention][1]
         expected = scaled.log_softmax(-1).gather(-1, ids[0, 2:, None])[:, 0]
         for parameter in made.model.parameters():
             parameter.add_(0.5 * torch.randn_like(parameter))
-    found = made.reference(ids, torch.ones_like(ids), positions)
-    assert not found.requires_grad
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    for packed in (False, True):
+        rows = stack([ids[0].tolist(), [5, 6]], packed=packed)
+        found = made.reference(rows, positions_of([2, 1], [3, 1], packed=packed))
+        assert not found.requires_grad
+        torch.testing.assert_close(found[:3], expected, atol=1e-4, rtol=0)
 
 
 def test_evaluation_samples_as_eval_says_and_on_a_stream_of_its_own(

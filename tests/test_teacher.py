@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scope_opd.errors import ModelError, RunFailed, ScopeError
-from scope_opd.models.batching import pad_right, response_positions
+from scope_opd.models.rows import positions_of, stack
 from scope_opd.teacher.local import LocalTeacher
 from scope_opd.types import Rollout, Teacher
 from tiny import EOS_ID, KINDS, tiny_model
@@ -127,16 +127,22 @@ def test_bfloat16_scores_stay_near_float32() -> None:
     assert sum(gaps) / len(gaps) < 0.03
 
 
-def test_projected_hidden_states_are_tempered_logits_and_carry_no_gradient() -> None:
-    model, rollouts = tiny_model("gemma2"), ragged_rollouts(4)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
+def test_projected_hidden_states_are_tempered_logits_and_carry_no_gradient(kind: str, packed: bool) -> None:
+    """Whether the student's rows are packed or not, and whether the teacher can take packs (Gemma 2 cannot)."""
+    model, rollouts = tiny_model(kind), ragged_rollouts(4)
     teacher = LocalTeacher(model, temperature=0.6)
-    ids, mask = pad_right([rollout.prompt_token_ids + rollout.token_ids for rollout in rollouts])
-    positions = response_positions(
-        [len(rollout.prompt_token_ids) for rollout in rollouts], [len(rollout.token_ids) for rollout in rollouts]
+    sequences = [rollout.prompt_token_ids + rollout.token_ids for rollout in rollouts]
+    rows = stack(sequences, packed=packed)
+    positions = positions_of(
+        [len(rollout.prompt_token_ids) for rollout in rollouts],
+        [len(rollout.token_ids) for rollout in rollouts],
+        packed=packed,
     )
-    logits = teacher.project(teacher.response_hidden(ids, mask, positions))
+    logits = teacher.project(teacher.response_hidden(rows, positions))
     assert not logits.requires_grad
-    found = logits.log_softmax(-1).gather(-1, ids[positions[:, 0], positions[:, 1]][:, None])[:, 0]
+    found = logits.log_softmax(-1).gather(-1, rows.tokens(positions)[:, None])[:, 0]
     expected = torch.cat([plain(model, rollout, 0.6) for rollout in rollouts])
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
 

@@ -21,7 +21,8 @@ from scope_opd.cli.engines import paths_weighted_by_perplexity, surrogate_settin
 from scope_opd.cli.inputs import build_configured_method
 from scope_opd.config import Config, load_config, validate_config
 from scope_opd.credit import assign_credit
-from scope_opd.models.head import response_logprobs
+from scope_opd.models.packed_attention import enable
+from scope_opd.models.rows import Rows, rows_logprobs
 from scope_opd.pipeline import Pipeline
 from scope_opd.rollout.local import LocalSampler
 from scope_opd.teacher.local import LocalTeacher
@@ -95,8 +96,9 @@ def make_engines(config: Config, *, dtype: torch.dtype = torch.float32, **change
         stop_token_ids=tuple(range(0, VOCABULARY_SIZE, 5)), seed=config.run.seed,
     )  # fmt: skip
 
-    def anchor(ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return response_logprobs(scorer.view, ids, mask, positions, temperature).logprobs
+    def anchor(rows: Rows, positions: torch.Tensor) -> torch.Tensor:
+        enable(scorer.view.model)
+        return rows_logprobs(scorer.view, rows, positions, temperature).logprobs
 
     values: dict[str, Any] = {
         "model": student,

@@ -37,8 +37,10 @@ from scope_opd.credit import assign_credit
 from scope_opd.data.prompts import PromptSchedule
 from scope_opd.errors import ConfigError
 from scope_opd.evaluate.run import evaluate, evaluation_seed
-from scope_opd.models.head import HeadView, response_logprobs
+from scope_opd.models.head import HeadView
 from scope_opd.models.loading import end_token_ids, load_model, resolve_device
+from scope_opd.models.packed_attention import enable
+from scope_opd.models.rows import Rows, rows_logprobs
 from scope_opd.objective.methods import Method
 from scope_opd.rollout.local import LocalSampler
 from scope_opd.rollout.samplers import Samplers
@@ -315,14 +317,15 @@ def _bound(given: float | Literal["off"] | None, own: float | None) -> float | N
 def frozen_reference(config: Config, student: PreTrainedModel, autocast: torch.dtype | None) -> TokenFunction:
     """Log-probs of the student as it was loaded: resuming loads the same weights before the checkpoint's."""
     view = HeadView(copy.deepcopy(student).requires_grad_(False))
+    enable(view.model)  # it takes packs where the student does
     temperature = student_temperature(config)
 
-    def logprobs(input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+    def logprobs(rows: Rows, positions: Tensor) -> Tensor:
         precision: Any = contextlib.nullcontext()
         if autocast is not None:
-            precision = torch.autocast(input_ids.device.type, dtype=autocast)
+            precision = torch.autocast(rows.input_ids.device.type, dtype=autocast)
         with torch.no_grad(), precision:
-            return response_logprobs(view, input_ids, None, positions, temperature, entropy=False).logprobs
+            return rows_logprobs(view, rows, positions, temperature, entropy=False).logprobs
 
     return logprobs
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from scope_opd.models.head import HeadView
 from scope_opd.models.packed_attention import Layout, enable, without_masks
@@ -38,6 +39,11 @@ class Pack:
     position_ids: Tensor
     boundaries: Tensor
     layout: Layout
+
+    def to(self, device: torch.device) -> Pack:
+        """A copy on a device."""
+        ids, positions, boundaries = (part.to(device) for part in (self.input_ids, self.position_ids, self.boundaries))
+        return Pack(ids, positions, boundaries, self.layout)
 
     def arguments(self) -> dict[str, Any]:
         """What the model's forward gets besides the ids: read by ``packed_attention`` and by flash attention alike."""
@@ -110,7 +116,8 @@ def packs_exactly(view: HeadView) -> bool:
         together = packed_hidden(view, pack(sequences, device)).double()
         alone = [view.hidden(torch.tensor([sequence], device=device))[0].double() for sequence in sequences]
     error = (together - torch.cat(alone)).abs().max()
-    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(view.model.dtype, 5e-2)
+    exact = {torch.float64: 1e-10, torch.float32: 1e-4}
+    tolerance = 5e-2 if torch.is_autocast_enabled(device.type) else exact.get(view.model.dtype, 5e-2)
     return bool(error <= tolerance * together.abs().max())
 
 
@@ -126,6 +133,17 @@ def crossover(parameters: int, layers: int, width: int) -> float:
         width: query heads x head size.
     """
     return parameters / (layers * width)
+
+
+def crossover_of(model: PreTrainedModel) -> float:
+    """``crossover`` of a model: all its layers attend."""
+    text = model.config.get_text_config()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if head is not None and head.weight is not embedding.weight:
+        parameters -= embedding.weight.numel()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return crossover(parameters, text.num_hidden_layers, text.num_attention_heads * size)
 
 
 def cost(length: int, crossover: float = math.inf) -> float:

@@ -19,6 +19,8 @@ from scope_opd.errors import ModelError, RunFailed, ScopeError
 from scope_opd.models.batching import microbatches, pad_right, response_positions
 from scope_opd.models.head import HeadView, response_logprobs
 from scope_opd.models.loading import context_length
+from scope_opd.models.packing import packs_exactly
+from scope_opd.models.rows import Rows
 from scope_opd.objective.logprobs import tempered
 from scope_opd.teacher.ends import EndTokens
 from scope_opd.types import Rollout, TeacherScore
@@ -71,6 +73,7 @@ class LocalTeacher:
         self._rows = min(model.get_input_embeddings().num_embeddings, self.view.vocabulary)
         self._context = context_length(model.config)
         self._device = next(model.parameters()).device
+        self._packs: bool | None = None
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
         """Log-prob of every response token, log softmax(logits / temperature)[token], floored; one score a rollout.
@@ -93,16 +96,20 @@ class LocalTeacher:
         return scores
 
     @torch.no_grad()
-    def response_hidden(self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
+    def response_hidden(self, rows: Rows, positions: Tensor) -> Tensor:
         """Hidden states that predict the tokens at ``positions``, without gradient: [T, H], for ``project``.
 
         Args:
-            input_ids: I[B, L] on the teacher's device.
-            attention_mask: I[B, L], or None when padding is on the right.
+            rows: on the teacher's device. Packed ones are padded where the teacher cannot take packs.
             positions: I[T, 2] of (row, column) of the predicted tokens.
         """
+        if rows.packed is not None:
+            if self._packs is None:
+                self._packs = packs_exactly(self.view)
+            if not self._packs:
+                rows, positions = rows.touched(positions, packed=False)
         # An id without a row can only be an end token that is excluded: it is the last, so that nothing is read there.
-        return self.view.response_hidden(input_ids.clamp_max(self._rows - 1), attention_mask, positions)
+        return rows.below(self._rows).response_hidden(self.view, positions)
 
     @torch.no_grad()
     def project(self, hidden: Tensor) -> Tensor:

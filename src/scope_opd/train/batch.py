@@ -1,21 +1,25 @@
-"""From a step's credited rollouts to micro-batches: padded ids, and flat numbers for the tokens that enter the loss.
+"""From a step's credited rollouts to micro-batches: rows of ids, and flat numbers for the tokens that enter the loss.
 
 The denominators of the whole step are folded into each rollout's two numbers here, before anything is cut, so that the
 gradient of the step is a plain sum over tokens and no cut can change it. Masked rollouts never reach the model. Ranks
-get as many micro-batches each: where sequences are too few some are empty, so that all ranks run as many passes.
-Not covered: packing of several rollouts into a row.
+get as many micro-batches each: where sequences are too few some are empty, so that all ranks run as many passes. A
+micro-batch is one row of several rollouts (``models.packing``), or rows of like length where a model cannot have that.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from scope_opd.credit import trained_tokens
-from scope_opd.models.batching import microbatches, pad_right, response_positions
+from scope_opd.models.batching import microbatches
+from scope_opd.models.packing import deal
+from scope_opd.models.rows import Rows, positions_of, stack
 from scope_opd.objective.aggregate import coefficients, denominator, undivided
 from scope_opd.objective.methods import Aggregation
 from scope_opd.types import Rollout
@@ -23,13 +27,13 @@ from scope_opd.types import Rollout
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows that go through the model together. B rows, L columns, T tokens that enter the loss.
+    """Sequences that go through the model together. T tokens of them enter the loss.
 
     An empty one is a row of a single token, none of them in the loss: it goes through forward and backward passes as
     any other does, and its loss is a zero whose gradient is zero on every parameter.
 
     Attributes:
-        input_ids, attention_mask: I[B, L], prompt + response, padded on the right.
+        rows: prompt + response of each rollout.
         positions: I[T, 2], (row, column) of each token in the loss.
         rollout, place: I[T], the token's rollout (index within the step) and its index within the response.
         sampler: F64[T], the recorded log mu.
@@ -39,8 +43,7 @@ class MicroBatch:
         credit_reinforce, credit_distill: F64[T], the method's own numbers; the latter likewise.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
+    rows: Rows
     positions: Tensor
     rollout: Tensor
     place: Tensor
@@ -54,18 +57,25 @@ class MicroBatch:
     @property
     def cells(self) -> int:
         """Tokens with padding; 0 of an empty one."""
-        return self.input_ids.numel() if self.rollout.numel() else 0
+        return self.rows.cells if self.rollout.numel() else 0
 
     @property
     def padded(self) -> int:
         """Cells that hold padding."""
-        return self.cells and self.cells - int(self.attention_mask.sum())
+        return self.rows.padding
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Of the rows."""
+        return self.rows.input_ids
 
     def to(self, device: torch.device, dtype: torch.dtype) -> MicroBatch:
         """A copy on a device, its floats in ``dtype``."""
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+        def move(part: Any) -> Any:
+            if isinstance(part, Tensor) and part.is_floating_point():
+                return part.to(device, dtype)
+            return part.to(device)
 
         return MicroBatch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
 
@@ -100,6 +110,8 @@ def make_batch(
     aggregation: Aggregation,
     max_tokens: int,
     ranks: int = 1,
+    packed: bool = False,
+    crossover: float = math.inf,
     cut: Sequence[Sequence[int]] | None = None,
 ) -> Batch:
     """Fold the denominators in, then cut.
@@ -109,6 +121,8 @@ def make_batch(
         aggregation: see ``objective.aggregate.coefficients``.
         max_tokens: prompt + response tokens of a micro-batch, padding included.
         ranks: that share the micro-batches.
+        packed: one row of several rollouts without padding; else rows of like length, padded on the right.
+        crossover: as for ``packing.deal``, which cuts what is packed.
         cut: indices of the unmasked rollouts by micro-batch, in place of the cut by length (tests of the law that the
             cut does not matter).
 
@@ -117,15 +131,24 @@ def make_batch(
     """
     reinforce, distill, lengths, masked = _credit(rollouts)
     reinforce, distill = coefficients(reinforce, distill, lengths, masked, _groups(rollouts), aggregation)
-    live, sizes = _live(rollouts)
     if cut is None:
-        cut = [[live[index] for index in batch] for batch in microbatches(sizes, max_tokens)]
-    micro = [_micro_batch(rollouts, indices, reinforce, distill) for indices in cut]
-    return Batch(_dealt(micro, ranks), sum(part.rollout.numel() for part in micro), padding_share(micro))
+        dealt = _deal(rollouts, max_tokens, ranks, packed, crossover)
+    else:
+        dealt = _in_turn(cut, ranks)
+    shares = [[_micro_batch(rollouts, members, reinforce, distill, packed) for members in share] for share in dealt]
+    micro = [part for share in shares for part in share]
+    return Batch(shares, sum(part.rollout.numel() for part in micro), padding_share(micro))
 
 
 def make_part(
-    rollouts: Sequence[Rollout], places: Sequence[int], *, aggregation: Aggregation, max_tokens: int, ranks: int = 1
+    rollouts: Sequence[Rollout],
+    places: Sequence[int],
+    *,
+    aggregation: Aggregation,
+    max_tokens: int,
+    ranks: int = 1,
+    packed: bool = False,
+    crossover: float = math.inf,
 ) -> list[list[MicroBatch]]:
     """Shares of some of a step's rollouts, with numbers that are not divided by the step's denominator.
 
@@ -133,7 +156,7 @@ def make_part(
         rollouts: credited, whole groups.
         places: their indices within the step.
         aggregation: one of ``objective.aggregate.ONE_DENOMINATOR``.
-        max_tokens, ranks: as for ``make_batch``.
+        max_tokens, ranks, packed, crossover: as for ``make_batch``.
 
     Returns:
         As ``Batch.shares``.
@@ -142,21 +165,20 @@ def make_part(
         ValueError: as ``make_batch``.
     """
     reinforce, distill = undivided(*_credit(rollouts), aggregation)
-    live, sizes = _live(rollouts)
     of_step = torch.tensor(places, dtype=torch.long)
-    parts = [
-        _micro_batch(rollouts, [live[index] for index in batch], reinforce, distill)
-        for batch in microbatches(sizes, max_tokens)
+    shares = [
+        [_micro_batch(rollouts, members, reinforce, distill, packed) for members in share]
+        for share in _deal(rollouts, max_tokens, ranks, packed, crossover)
     ]
-    return _dealt([replace(part, rollout=of_step[part.rollout]) for part in parts], ranks)
+    return [[replace(part, rollout=of_step[part.rollout]) for part in share] for share in shares]
 
 
 def padding_share(micro: Iterable[MicroBatch]) -> float:
     """Share of padding in all micro-batches together; 0 where there is nothing."""
-    cells = padded = 0
+    cells = padding = 0
     for part in micro:
-        cells, padded = cells + part.cells, padded + part.padded
-    return padded / cells if cells else 0.0
+        cells, padding = cells + part.cells, padding + part.padded
+    return padding / cells if cells else 0.0
 
 
 def step_denominator(rollouts: Sequence[Rollout], aggregation: Aggregation) -> float:
@@ -185,46 +207,37 @@ def _groups(rollouts: Sequence[Rollout]) -> Tensor:
     return torch.tensor([groups.setdefault(rollout.group, len(groups)) for rollout in rollouts], dtype=torch.long)
 
 
-def _live(rollouts: Sequence[Rollout]) -> tuple[list[int], list[int]]:
-    """Rollouts that go through the model, and their tokens with the prompt."""
+def _deal(
+    rollouts: Sequence[Rollout], max_tokens: int, ranks: int, packed: bool, crossover: float
+) -> list[list[Sequence[int]]]:
+    """Those that go through the model, by [rank][micro-batch]."""
     live = [index for index, rollout in enumerate(rollouts) if not rollout.masked and trained_tokens(rollout)]
-    return live, [len(rollouts[index].prompt_token_ids) + len(rollouts[index].token_ids) for index in live]
+    lengths = [len(rollouts[index].prompt_token_ids) + len(rollouts[index].token_ids) for index in live]
+    if packed:
+        dealt = deal(lengths, max_tokens, ranks=ranks, crossover=crossover)
+        return [[[live[index] for index in packs[rank]] for packs in dealt] for rank in range(ranks)]
+    return _in_turn([[live[index] for index in members] for members in microbatches(lengths, max_tokens)], ranks)
 
 
-def _dealt(micro: list[MicroBatch], ranks: int) -> list[list[MicroBatch]]:
-    """By rank: taken in turn, longest first, every other time the other way round."""
-    whole = [*micro, *([_empty()] * (-len(micro) % ranks))]
+def _in_turn(batches: Sequence[Sequence[int]], ranks: int) -> list[list[Sequence[int]]]:
+    """By [rank][micro-batch]: longest first, every other time the other way round, empty ones last."""
+    whole = [*batches, *([()] * (-len(batches) % ranks))]
     turns = [whole[start : start + ranks] for start in range(0, len(whole), ranks)]
     turns = [turn[::-1] if number % 2 else turn for number, turn in enumerate(turns)]
     return [[turn[rank] for turn in turns] for rank in range(ranks)]
 
 
-def _empty() -> MicroBatch:
-    none, real = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.float64)
-    return MicroBatch(
-        input_ids=torch.zeros(1, 1, dtype=torch.long),
-        attention_mask=torch.ones(1, 1, dtype=torch.long),
-        positions=torch.zeros(0, 2, dtype=torch.long),
-        rollout=none,
-        place=none,
-        sampler=real,
-        teacher=real,
-        reinforce=real,
-        distill=real,
-        credit_reinforce=real,
-        credit_distill=real,
-    )
-
-
-def _micro_batch(rollouts: Sequence[Rollout], indices: Sequence[int], reinforce: Tensor, distill: Tensor) -> MicroBatch:
+def _micro_batch(
+    rollouts: Sequence[Rollout], indices: Sequence[int], reinforce: Tensor, distill: Tensor, packed: bool
+) -> MicroBatch:
     chosen = [rollouts[index] for index in indices]
-    input_ids, attention_mask = pad_right([[*rollout.prompt_token_ids, *rollout.token_ids] for rollout in chosen])
     sizes = [len(rollout.token_ids) for rollout in chosen]
-    positions = response_positions([len(rollout.prompt_token_ids) for rollout in chosen], sizes)
+    positions = positions_of([len(rollout.prompt_token_ids) for rollout in chosen], sizes, packed=packed)
     kept = torch.tensor(
-        [bool(flag) for rollout in chosen for flag in (rollout.loss_mask or [1] * len(rollout.token_ids))]
+        [bool(flag) for rollout in chosen for flag in (rollout.loss_mask or [1] * len(rollout.token_ids))],
+        dtype=torch.bool,
     )
-    owner = torch.tensor(indices, dtype=torch.long).repeat_interleave(torch.tensor(sizes))[kept]
+    owner = torch.tensor(indices, dtype=torch.long).repeat_interleave(torch.tensor(sizes, dtype=torch.long))[kept]
     place = torch.tensor([place for size in sizes for place in range(size)], dtype=torch.long)[kept]
     sampler = [value for rollout in chosen for value in rollout.logprobs]
     teacher = [value for rollout in chosen for value in (rollout.teacher_logprobs or [0.0] * len(rollout.token_ids))]
@@ -232,8 +245,8 @@ def _micro_batch(rollouts: Sequence[Rollout], indices: Sequence[int], reinforce:
     taught = torch.tensor(judged, dtype=torch.float64)[kept]
     credit = torch.tensor([[rollout.reinforce, rollout.distill] for rollout in rollouts], dtype=torch.float64)
     return MicroBatch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
+        # An empty micro-batch is a row of one token, so that it goes through the model as any other does.
+        rows=stack([[*rollout.prompt_token_ids, *rollout.token_ids] for rollout in chosen] or [[0]], packed=packed),
         positions=positions[kept],
         rollout=owner,
         place=place,

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from scope_opd.models.rows import Rows as TokenRows
 from scope_opd.objective.methods import Aggregation
 from scope_opd.pipeline import Collected, GroupsHook, NoteHook, PhaseHook, ProgressHook, Timeline
 from scope_opd.types import Prompt, Rollout, SamplingParams, WeightPublisher
@@ -48,14 +49,14 @@ class PromptSchedule(Protocol):
 
 
 class TokenFunction(Protocol):
-    """Something computed without gradient for the response tokens of right-padded rows.
+    """Something computed without gradient for response tokens.
 
     Args:
-        input_ids, attention_mask: I[B, L] on the student's device; 1 on tokens, 0 on padding.
-        positions: I[T, 2] of (row, column) of the predicted tokens, as in ``models.head.response_logprobs``.
+        rows: prompt + response sequences, packed or padded, on the student's device.
+        positions: I[T, 2] of (row, column) of the predicted tokens.
     """
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor: ...
+    def __call__(self, rows: TokenRows, positions: Tensor) -> Tensor: ...
 
 
 class TeacherHead(Protocol):
@@ -64,7 +65,7 @@ class TeacherHead(Protocol):
     Computes without gradient and in the teacher's own dtype: it is called outside the student's autocast.
     """
 
-    def response_hidden(self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
+    def response_hidden(self, rows: TokenRows, positions: Tensor) -> Tensor:
         """[T, H] at the places that predict the tokens at ``positions``; arguments as for ``TokenFunction``."""
         ...
 
@@ -133,6 +134,8 @@ class Engines:
         publisher: brings new weights to samplers that hold a copy of their own; None where the sampler decodes with
             ``model`` itself.
         data: which data sets these prompts are, by "train" and "eval", as plain values; kept in run.json.
+        fingerprints: what tells the models that the run began with from others, as plain values, kept in checkpoints:
+            "student" and "teacher", each ``{"weights": digest}`` or ``{"served": {route: {"tokens", "logprobs"}}}``.
     """
 
     model: PreTrainedModel
@@ -148,6 +151,7 @@ class Engines:
     weights_use_tau: frozenset[str] = frozenset()
     publisher: WeightPublisher | None = None
     data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    fingerprints: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

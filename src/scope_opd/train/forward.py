@@ -17,7 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from scope_opd.models.head import HeadView, TokenScores, map_logits, response_logprobs, score_hidden
+from scope_opd.models.head import HeadView, TokenScores, map_logits, score_hidden
+from scope_opd.models.packing import crossover_of, packs_exactly
 from scope_opd.objective.logprobs import tempered
 from scope_opd.objective.surrogate import full_kl, reference_kl, sampler_correction, surrogate
 from scope_opd.train.batch import MicroBatch
@@ -33,9 +34,14 @@ class Forward(nn.Module):
 
     Args:
         engines: model, surrogate settings, optional teacher head and reference.
+        packing: whether micro-batches may come packed.
+
+    Attributes:
+        packs: whether they may: the model's packed hidden states are those of each sequence alone.
+        crossover: see ``packing.deal``.
     """
 
-    def __init__(self, engines: Engines) -> None:
+    def __init__(self, engines: Engines, packing: bool = True) -> None:
         super().__init__()
         self.model = engines.model
         self.settings: SurrogateSettings = engines.surrogate
@@ -50,6 +56,9 @@ class Forward(nn.Module):
         self.device = parameter.device
         self.autocast = parameter.is_cuda and parameter.dtype == torch.float32
         self.dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        with self._precision():
+            self.packs = packing and packs_exactly(self.view)
+        self.crossover = crossover_of(engines.model)
         # Sorted and each once: as many ids as the heads are wide are then all of them.
         ids = self.settings.common_vocabulary
         self._common = None if ids is None else torch.tensor(sorted(set(ids)), dtype=torch.long, device=self.device)
@@ -85,7 +94,7 @@ class Forward(nn.Module):
         penalty = torch.zeros_like(loss)
         if self.reference is not None and settings.reference_kl > 0:
             with torch.no_grad():
-                anchor = self.reference(micro.input_ids, micro.attention_mask, micro.positions).to(logprobs)
+                anchor = self.reference(micro.rows, micro.positions).to(logprobs)
             penalty = reference_kl(logprobs, anchor)
             loss = loss + settings.reference_kl / tokens * penalty
         credited = micro.credit_distill != 0
@@ -114,17 +123,22 @@ class Forward(nn.Module):
         logprobs, correction = self(micro.to(self.device, self.dtype), 1, None, True)
         return logprobs, correction
 
+    def _hidden(self, micro: MicroBatch) -> Tensor:
+        """Hidden states that predict the tokens in the loss, [T, H], with gradient."""
+        return micro.rows.response_hidden(self.view, micro.positions)
+
     def _scores(self, micro: MicroBatch) -> TokenScores:
-        settings = self.settings
         with self._precision():
-            return response_logprobs(
-                self.view,
-                micro.input_ids,
-                None,  # padding is on the right, so no token sees it
-                micro.positions,
-                settings.student_temperature,
-                extra_temperature=self._extra_temperature(),
-            )
+            return self._score(micro, self._hidden(micro))
+
+    def _score(self, micro: MicroBatch, hidden: Tensor) -> TokenScores:
+        return score_hidden(
+            self.view,
+            hidden,
+            micro.rows.tokens(micro.positions),
+            self.settings.student_temperature,
+            extra_temperature=self._extra_temperature(),
+        )
 
     def _scores_and_kl(self, micro: MicroBatch) -> tuple[TokenScores, Tensor]:
         """As ``_scores``, and KL(student || teacher) over the common ids, [T], with gradient.
@@ -141,14 +155,8 @@ class Forward(nn.Module):
             return (full_kl(*self._over_common_ids(own, other)),)
 
         with self._precision():
-            hidden = self.view.response_hidden(micro.input_ids, None, micro.positions)
-            scores = score_hidden(
-                self.view,
-                hidden,
-                micro.input_ids[micro.positions[:, 0], micro.positions[:, 1]],
-                settings.student_temperature,
-                extra_temperature=self._extra_temperature(),
-            )
+            hidden = self._hidden(micro)
+            scores = self._score(micro, hidden)
             kl = torch.zeros_like(scores.logprobs)
             places = (micro.distill != 0).nonzero().squeeze(-1)
             if places.numel():
@@ -159,10 +167,9 @@ class Forward(nn.Module):
     def _teacher_hidden(self, micro: MicroBatch, places: Tensor) -> Tensor:
         """The teacher's hidden states at the tokens ``places`` of a micro-batch, [len(places), H]."""
         assert self.teacher_head is not None
-        rows, row_of = micro.positions[places, 0].unique(return_inverse=True)
-        positions = torch.stack((row_of, micro.positions[places, 1]), dim=1)
+        rows, positions = micro.rows.touched(micro.positions[places])
         with torch.no_grad(), self._own_dtype():
-            return self.teacher_head.response_hidden(micro.input_ids[rows], micro.attention_mask[rows], positions)
+            return self.teacher_head.response_hidden(rows, positions)
 
     def _over_common_ids(self, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """Both logits at the ids that mean the same to both and that both heads have."""
