@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from scope_opd.models import head as head_module
-from scope_opd.models.head import HeadView, response_logprobs
+from scope_opd.models.head import HeadView, response_logprobs, score_hidden
 from scope_opd.objective.chunked import Tail, chunked_logprobs, chunked_topk
 from test_models import ALL_KINDS, ragged
 from tiny import tiny_model
@@ -242,16 +242,75 @@ def test_bfloat16_weights_get_bfloat16_gradients_summed_in_float32() -> None:
     assert (got.double() - want).norm() <= 1e-2 * want.norm()
 
 
-@settings(max_examples=40, deadline=None)
-@given(rows=st.integers(1, 30), k=st.integers(1, 30), tile=st.tuples(st.integers(1, 5), st.integers(1, 31)))
-def test_the_likeliest_ids_are_those_of_full_logits(rows: int, k: int, tile: tuple[int, int]) -> None:
-    hidden, weight, k = draw(5, 4), draw(rows, 4, seed=1), min(k, rows)
-    ids, logprobs = chunked_topk(
-        hidden, weight, k, 0.7, tail=Tail(0.9, 4.0), tile_tokens=tile[0], tile_vocabulary=tile[1]
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 30), k=st.integers(1, 30), tile=st.tuples(st.integers(1, 5), st.integers(1, 31)),
+    cap=st.sampled_from([None, 4.0]), share=st.sampled_from([0.0, 0.2, 0.8]),
+)  # fmt: skip
+def test_the_likeliest_ids_and_the_mass_of_the_rest_are_those_of_full_logits(
+    rows: int, k: int, tile: tuple[int, int], cap: float | None, share: float
+) -> None:
+    hidden, weight, k, tail = draw(5, 4, scale=3.0), draw(rows, 4, seed=1), min(k, rows), Tail(0.9, cap)
+    excluded = draw_ids(1, int(share * rows), rows, seed=2)[0].sort().values if share else None
+    ids, logprobs, rest = chunked_topk(
+        hidden, weight, k, 0.7, tail=tail, excluded=excluded, tile_tokens=tile[0], tile_vocabulary=tile[1]
     )
-    values, places = (Tail(0.9, 4.0)(hidden @ weight.t()) / 0.7).log_softmax(-1).topk(k, dim=-1)
-    assert torch.equal(ids, places)
+    logits = tail(hidden @ weight.t()) / 0.7
+    if excluded is not None:
+        logits[:, excluded] = -torch.inf
+    log_p = logits.log_softmax(-1)
+    values, places = log_p.topk(k, dim=-1)
+    assert torch.equal(ids, places.masked_fill(values == -torch.inf, -1))
     torch.testing.assert_close(logprobs, values)
+    others = log_p.scatter(-1, places, -torch.inf).logsumexp(-1)
+    assert (rest[others == -torch.inf] < -80).all()
+    seen = others > -torch.inf
+    torch.testing.assert_close(rest[seen], others[seen], rtol=1e-10, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(4, 30), tile=st.tuples(st.integers(1, 5), st.integers(1, 31)), seed=st.integers(0, 99),
+    cap=st.sampled_from([None, 3.0]), bias=st.booleans(), frozen=st.booleans(), rest=st.booleans(),
+)  # fmt: skip
+def test_a_missing_id_is_nothing_and_excluded_ids_are_no_part_of_the_rest(
+    rows: int, tile: tuple[int, int], seed: int, cap: float | None, bias: bool, frozen: bool, rest: bool
+) -> None:
+    """-1 among the ids has no log-prob and no gradient; what is excluded still counts for the softmax."""
+    hidden, weight = draw(5, 4, seed=seed).requires_grad_(), draw(rows, 4, seed=1).requires_grad_(not frozen)
+    added = draw(rows, seed=2) if bias else None
+    order = draw_ids(1, rows, rows, seed)[0]
+    excluded, kept = order[: rows // 3].sort().values, order[rows // 3 :]
+    ids = kept[draw_ids(5, 2, len(kept), seed)]
+    ids[1, 0] = ids[2, 1] = ids[3, 0] = ids[3, 1] = -1
+    targets = order[torch.tensor([0, 1, 2, 3, 0])]
+    scores = chunked_logprobs(
+        hidden, weight, targets, 0.6, bias=added, tail=Tail(0.7, cap), ids=ids, rest=rest, excluded=excluded,
+        tile_tokens=tile[0], tile_vocabulary=tile[1],
+    )  # fmt: skip
+    logits = Tail(0.7, cap)(hidden @ weight.t() + (0.0 if added is None else added)) / 0.6
+    log_p = logits.log_softmax(-1)
+    there = ids >= 0
+    expected = log_p.gather(-1, ids.clamp_min(0))
+    out = torch.zeros(5, rows + 1, dtype=torch.bool).scatter_(-1, torch.where(there, ids, rows), True)[:, :-1]
+    others = log_p.masked_fill(out.index_fill(-1, excluded, True), -1e30).logsumexp(-1)
+    found, left = scores.id_logprobs, scores.rest_logprobs
+    assert found is not None
+    assert (found[~there] == -torch.inf).all()
+    torch.testing.assert_close(found[there], expected[there], rtol=1e-10, atol=1e-12)
+
+    def total(chosen: Tensor, tokens: Tensor, mass: Tensor | None) -> Tensor:
+        value = torch.where(there, chosen, 0.0).exp().square().sum() + tokens.exp().sum()
+        return value if mass is None else value + (mass.exp() * 3.0 + mass.exp().square()).sum()
+
+    exact = others if rest else None
+    if left is not None:
+        torch.testing.assert_close(left.exp(), others.exp(), rtol=1e-10, atol=1e-12)
+    inputs = [hidden] if frozen else [hidden, weight]
+    want = torch.autograd.grad(total(expected, log_p.gather(-1, targets[:, None])[:, 0], exact), inputs)
+    got = torch.autograd.grad(total(found, scores.logprobs, left), inputs)
+    for one, other in zip(got, want, strict=True):
+        assert (one - other).norm() <= 1e-10 * other.norm()
 
 
 @pytest.mark.parametrize(
@@ -286,15 +345,37 @@ def test_a_head_gives_the_same_with_tiles_and_without(kind: str, monkeypatch: py
     view = HeadView(model)
     assert view.plain
     found = []
+    wanted[0, 2:] = -1
+    excluded = torch.tensor([i for i in range(0, 320, 3) if i not in set(wanted.flatten().tolist())])
     for kept in (1, 2**24):
         monkeypatch.setattr(head_module, "KEPT_LOGITS", kept)
-        scores = response_logprobs(view, ids, None, positions, 0.6, extra_temperature=1.1, ids=wanted, rest=True)
-        values = [getattr(scores, name) for name in type(scores).__slots__]
-        assert all(value is not None for value in values)
-        total = scores.logprobs.sum() + scores.id_logprobs.square().sum() + scores.rest_logprobs.square().sum()
-        found.append([*values, model_gradient(model, total)])
+        scores = score_hidden(
+            view, view.response_hidden(ids, None, positions), ids[positions[:, 0], positions[:, 1]], 0.6,
+            extra_temperature=1.1, ids=wanted, rest=True, excluded=excluded,
+        )  # fmt: skip
+        values = {name: getattr(scores, name) for name in type(scores).__slots__}
+        assert all(value is not None for value in values.values())
+        values["id_logprobs"] = values["id_logprobs"].exp()
+        total = scores.logprobs.sum() + values["id_logprobs"].square().sum() + values["rest_logprobs"].square().sum()
+        found.append([*values.values(), model_gradient(model, total)])
     for left, right in zip(*found, strict=True):
         assert (left - right).norm() <= 1e-10 * right.norm()
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_the_likeliest_ids_of_a_head_are_the_same_with_tiles_and_without(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, excluded = tiny_model(kind, dtype=torch.float64), torch.arange(0, 320, 7)
+    ids, _, positions = ragged()
+    view = HeadView(model)
+    hidden = view.response_hidden(ids, None, positions)
+    tiled = view.top(hidden, 9, 0.6, excluded)
+    monkeypatch.setattr(HeadView, "plain", False)
+    whole = view.top(hidden, 9, 0.6, excluded)
+    assert torch.equal(tiled[0], whole[0])
+    for left, right in zip(tiled[1:], whole[1:], strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-12)
 
 
 def test_a_frozen_head_leaves_the_backbones_gradient_as_it_was() -> None:

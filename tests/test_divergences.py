@@ -22,13 +22,13 @@ from scope_opd.objective.divergences import (
     topk_jsd,
     topk_reverse_kl,
 )
-from scope_opd.objective.surrogate import full_kl as older_full_kl
 from test_chunked import draw, draw_ids
 from test_models import ragged
 from tiny import tiny_model
 
 Divergence = Callable[..., Tensor]
 PAIRS = [(topk_reverse_kl, full_kl), (topk_forward_kl, full_forward_kl), (topk_jsd, jsd)]
+LN2 = math.log(2)
 pairs = pytest.mark.parametrize(("topk", "full"), PAIRS, ids=["reverse", "forward", "jsd"])
 
 
@@ -108,8 +108,6 @@ def test_exact_divergences_are_the_textbook_sums_with_their_gradients(topk: Dive
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
     got, want = (torch.autograd.grad((value * upstream).sum(), student)[0] for value in (found, expected))
     assert (got - want).norm() <= 1e-12 * want.norm()
-    if full is full_kl:
-        torch.testing.assert_close(found, older_full_kl(student, teacher), rtol=1e-12, atol=1e-14)
 
 
 @pairs
@@ -234,10 +232,10 @@ def test_by_chunks_from_a_head_as_from_full_logits(topk: Divergence, full: Diver
     weight = student.head.weight.detach().clone().requires_grad_()  # type: ignore[union-attr]
     with torch.no_grad():
         theirs = teacher.response_hidden(ids, None, positions)
-        wanted, log_q = chunked_topk(theirs, teacher.head.weight, 20, 0.6, tile_vocabulary=64)  # type: ignore[union-attr]
+        wanted, log_q, log_rest = chunked_topk(theirs, teacher.head.weight, 20, 0.6, tile_vocabulary=64)  # type: ignore[union-attr]
     own = chunked_logprobs(hidden, weight, wanted[:, 0], 0.6, ids=wanted, rest=True, tile_tokens=8, tile_vocabulary=64)
     assert own.id_logprobs is not None
-    value = topk(own.id_logprobs, log_q, own.rest_logprobs)
+    value = topk(own.id_logprobs, log_q, own.rest_logprobs, log_rest)
     log_p = (hidden @ weight.t() / 0.6).log_softmax(-1)
     expected = topk(log_p.gather(-1, wanted), log_q)
     torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
@@ -254,3 +252,44 @@ def test_by_chunks_from_a_head_as_from_full_logits(topk: Divergence, full: Diver
     left, right = (torch.autograd.grad(x.sum(), hidden)[0] for x in (chunked, whole))
     assert (left - right).norm() <= 1e-12 * right.norm()
     assert (value <= whole + 1e-7).all()
+
+
+def test_exact_kl_of_a_hand_worked_pair() -> None:
+    # p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2): KL(p||q) = 1/2 ln 2 + 0 - 1/4 ln 2 = ln(2)/4. Logits are unnormalised.
+    student = torch.tensor([[LN2 + 7, 7.0, 7.0]], dtype=torch.float64)
+    teacher = torch.tensor([[-LN2, -LN2, 0.0]], dtype=torch.float64)
+    assert full_kl(student, teacher).tolist() == pytest.approx([LN2 / 4], rel=1e-13)
+    assert full_kl(student, student + 3).tolist() == pytest.approx([0.0], abs=1e-15)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.floats(-6, 6), min_size=4, max_size=4), st.lists(st.floats(-6, 6), min_size=4, max_size=4))
+def test_exact_kl_is_non_negative_and_its_gradient_is_p_times_logratio_minus_kl(s: list[float], t: list[float]) -> None:
+    student, teacher = (torch.tensor([row], dtype=torch.float64, requires_grad=True) for row in (s, t))
+    kl = full_kl(student, teacher)
+    assert float(kl.detach()) >= -1e-14
+    gradients = torch.autograd.grad(kl.sum(), [student, teacher], allow_unused=True)
+    assert gradients[1] is None
+    z_s, z_t = sum(math.exp(v) for v in s), sum(math.exp(v) for v in t)
+    p, q = [math.exp(v) / z_s for v in s], [math.exp(v) / z_t for v in t]
+    value = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    expected = [a * (math.log(a / b) - value) for a, b in zip(p, q, strict=True)]
+    assert float(kl.detach()) == pytest.approx(value, abs=1e-12)
+    assert gradients[0][0].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_an_id_that_the_student_cannot_draw_adds_nothing_to_the_exact_kl_nor_nan_to_its_gradient(
+    dtype: torch.dtype,
+) -> None:
+    # -inf is how ids outside the common vocabulary are masked; -1e4 underflows in float32. KL over the rest: ln(2)/4.
+    for absent in (-math.inf, -1e4):
+        student = torch.tensor([[LN2, 0.0, 0.0, absent]], dtype=dtype, requires_grad=True)
+        teacher = torch.tensor([[-LN2, -LN2, 0.0, absent]], dtype=dtype)
+        kl = full_kl(student, teacher)
+        (gradient,) = torch.autograd.grad(kl.sum(), student)
+        assert float(kl.detach()) == pytest.approx(LN2 / 4, rel=1e-6)
+        # p (log-ratio - KL): 1/2 (1 - 1/4), 1/4 (0 - 1/4), 1/4 (-1 - 1/4), each times ln 2
+        assert gradient[0].tolist() == pytest.approx(
+            [3 / 8 * LN2, -1 / 16 * LN2, -5 / 16 * LN2, 0.0], rel=1e-5, abs=1e-9
+        )

@@ -12,8 +12,9 @@ import math
 import pytest
 import torch
 
+from scope_opd.objective.divergences import full_kl
 from scope_opd.objective.logprobs import token_logprobs
-from scope_opd.objective.surrogate import full_kl, sampler_correction, surrogate
+from scope_opd.objective.surrogate import sampler_correction, surrogate
 
 END, VOCABULARY, LONGEST = 2, 3, 3
 TOLERANCE = 1e-10

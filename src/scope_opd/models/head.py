@@ -13,6 +13,7 @@ Not covered: encoder-decoder models, heads split over devices.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from scope_opd.objective.chunked import Tail, chunked_logprobs
+from scope_opd.objective.chunked import Tail, chunked_logprobs, chunked_topk
 from scope_opd.objective.logprobs import tempered, token_entropy, token_logprobs
 
 # Logits in one chunk at most, when no chunk is asked for: 256 MiB in float32.
@@ -43,7 +44,8 @@ class TokenScores:
         extra_logprobs: F[T], log-prob at ``extra_temperature``; no gradient. None when not asked for.
         id_logprobs: F[T, K], log-prob of the ids asked for at ``temperature``; carries the gradient. None when not
             asked for.
-        rest_logprobs: F[T], log of the mass of all ids but those K; carries the gradient. None when not asked for.
+        rest_logprobs: F[T], log of the mass of all ids but those K and the excluded; carries the gradient. None when
+            not asked for.
     """
 
     logprobs: Tensor
@@ -164,6 +166,34 @@ class HeadView:
         return TokenScores(logprobs, *others)
 
     @torch.no_grad()
+    def top(
+        self, hidden: Tensor, k: int, temperature: float = 1.0, excluded: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The k likeliest ids, their log-probs and that of all others: ``objective.chunked.chunked_topk``.
+
+        Args:
+            hidden: [T, H].
+            k: no more than ``vocabulary``.
+            temperature: > 0.
+            excluded: I[X], ascending, ids that take no part.
+        """
+        head = self.head
+        if self.plain and isinstance(head, nn.Linear) and not isinstance(head, FSDPModule):
+            return chunked_topk(hidden, head.weight, k, temperature, bias=head.bias, tail=self._tail, excluded=excluded)
+
+        def reduce(logits: Tensor) -> tuple[Tensor, ...]:
+            scaled = tempered(logits, temperature)
+            if excluded is not None:
+                scaled = scaled.index_fill(-1, excluded, -torch.inf)
+            log_z = scaled.logsumexp(-1)
+            values, ids = scaled.topk(k, dim=-1)
+            rest = _rest(scaled, ids, None, log_z)
+            return ids.masked_fill(values == -torch.inf, -1), values - log_z[:, None], rest
+
+        ids, logprobs, rest = map_logits(self, hidden, reduce)
+        return ids, logprobs, rest
+
+    @torch.no_grad()
     def _find_tail(self) -> Tail | None:
         """What follows the head's matrix in the model's own forward; None when it could not be reproduced."""
         if self.head is None or self.backbone is self.model:
@@ -248,6 +278,7 @@ def score_hidden(
     extra_temperature: float | None = None,
     ids: Tensor | None = None,
     rest: bool = False,
+    excluded: Tensor | None = None,
     chunk_tokens: int | None = None,
     entropy: bool = True,
 ) -> TokenScores:
@@ -257,7 +288,8 @@ def score_hidden(
         view: supplies the projection.
         hidden: [T, H], from ``HeadView.response_hidden``.
         targets: I[T], the tokens whose log-probs are wanted.
-        temperature, extra_temperature, ids, rest, chunk_tokens, entropy: as for ``response_logprobs``.
+        temperature, extra_temperature, chunk_tokens, entropy: as for ``response_logprobs``.
+        ids, rest, excluded: as for ``objective.chunked.chunked_logprobs``.
     """
     kept = max(1, KEPT_LOGITS // view.vocabulary) if chunk_tokens is None else chunk_tokens
     if hidden.shape[0] > kept >= 1 and view.plain:
@@ -267,6 +299,7 @@ def score_hidden(
             temperature,
             ids=ids,
             rest=rest,
+            excluded=excluded,
             extra_temperature=extra_temperature,
             entropy=entropy,
             tile_tokens=chunk_tokens,
@@ -277,8 +310,9 @@ def score_hidden(
         log_z = scaled.logsumexp(-1)
         outputs = [token_logprobs(scaled, wanted, log_z=log_z)]
         for more in further:
-            outputs.append(scaled.gather(-1, more) - log_z[:, None])
-            outputs.append(scaled.scatter(-1, more, -torch.inf).logsumexp(-1) - log_z if rest else log_z)
+            found = scaled.gather(-1, more.clamp_min(0)) - log_z[:, None]
+            outputs.append(found.masked_fill(more < 0, -torch.inf))
+            outputs.append(_rest(scaled, more, excluded, log_z) if rest else log_z)
         # After the part with gradient, so that recomputation in the backward pass stops before it.
         with torch.no_grad():
             if entropy:
@@ -296,6 +330,17 @@ def score_hidden(
         entropy=found.pop(0) if entropy else None,
         extra_logprobs=found.pop(0) if extra_temperature is not None else None,
     )
+
+
+def _rest(scaled: Tensor, ids: Tensor, excluded: Tensor | None, log_z: Tensor) -> Tensor:
+    """The log-mass of all ids but those of each row and the excluded, where there is none that of the least number."""
+    # One column more takes the ids of -1.
+    out = torch.zeros(scaled.shape[0], scaled.shape[1] + 1, dtype=torch.bool, device=scaled.device)
+    out.scatter_(-1, torch.where(ids < 0, scaled.shape[1], ids), True)
+    if excluded is not None:
+        out.index_fill_(-1, excluded, True)
+    rest = scaled.masked_fill(out[:, :-1], -torch.inf).logsumexp(-1) - log_z
+    return rest.clamp_min(math.log(torch.finfo(scaled.dtype).tiny))
 
 
 def _only(wanted: bool, value: Tensor) -> Tensor | None:

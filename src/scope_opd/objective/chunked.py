@@ -44,7 +44,8 @@ class ChunkedScores:
     Attributes:
         logprobs: F[T], log p of each target; carries the gradient.
         id_logprobs: F[T, K], log p at the ids asked for; carries the gradient. None when not asked for.
-        rest_logprobs: F[T], log of the mass of all ids but those K; carries the gradient. None when not asked for.
+        rest_logprobs: F[T], log of the mass of all ids but those K and the excluded; carries the gradient. None when
+            not asked for.
         entropy: F[T], nats; no gradient. None when not asked for.
         extra_logprobs: F[T], log p of each target at the second temperature; no gradient. None when not asked for.
     """
@@ -66,6 +67,7 @@ def chunked_logprobs(
     tail: Tail | None = None,
     ids: Tensor | None = None,
     rest: bool = False,
+    excluded: Tensor | None = None,
     extra_temperature: float | None = None,
     entropy: bool = True,
     tile_tokens: int | None = None,
@@ -85,9 +87,10 @@ def chunked_logprobs(
         temperature: > 0.
         bias: F[V] or None. An entry of -inf rules an id out.
         tail: scale and soft-cap of the head.
-        ids: I[T, K], further ids whose log-probs are wanted; may repeat the target.
+        ids: I[T, K], further ids whose log-probs are wanted; may repeat the target. -1 is none: log-prob -inf.
         rest: whether the log-mass of all other ids is wanted too; the K ids of a token must then be distinct. Summed up
             directly, so that it is as exact where it is 1e-20 as where it is 0.5.
+        excluded: I[X], ascending, ids that the rest leaves out (they are still part of the whole); none of ``ids``.
         extra_temperature: > 0, a second temperature for the targets.
         entropy: False leaves the entropy out, and one pass over every tile with it.
         tile_tokens, tile_vocabulary: sides of a tile, >= 1; None: ``TILE_TOKENS``, ``TILE_VOCABULARY``.
@@ -103,7 +106,7 @@ def chunked_logprobs(
     """
     wanted = torch.cat((targets.unsqueeze(-1), targets.new_empty(len(targets), 0) if ids is None else ids), dim=-1)
     if not dry and wanted.device.type == "cpu" and wanted.numel():
-        outside = ((wanted < 0) | (wanted >= weight.shape[0])).any(dim=-1).nonzero()
+        outside = ((wanted < -1) | (wanted >= weight.shape[0]) | (wanted[:, :1] < 0)).any(dim=-1).nonzero()
         if outside.numel():
             row = int(outside[0])
             raise ValueError(f"row {row} asks for ids {wanted[row].tolist()}; expected 0..{weight.shape[0] - 1}")
@@ -112,7 +115,7 @@ def chunked_logprobs(
     plan = _plan(
         hidden, weight, temperature, extra_temperature, entropy, rest, formed, tail, tile_tokens, tile_vocabulary, dry
     )
-    logprobs, id_logprobs, others, surprise, extra = _Chunked.apply(hidden, weight, bias, wanted, plan)
+    logprobs, id_logprobs, others, surprise, extra = _Chunked.apply(hidden, weight, bias, wanted, excluded, plan)
     return ChunkedScores(
         logprobs=logprobs,
         id_logprobs=None if ids is None else id_logprobs,
@@ -143,15 +146,21 @@ def _plan(
 
 
 class _Chunked(torch.autograd.Function):
-    """(hidden, weight, bias, ids [T, 1 + K], plan) -> log p of the first id [T], of the others [T, K], of all ids but
-    those others [T], entropy [T], log p of the first id at the second temperature [T]."""
+    """(hidden, weight, bias, ids [T, 1 + K], excluded, plan) -> log p of the first id [T], of the others [T, K], of all
+    ids but those others and the excluded [T], entropy [T], log p of the first id at the second temperature [T]."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, plan: Plan
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        excluded: Tensor | None,
+        plan: Plan,
     ) -> tuple[Tensor, ...]:
         with torch.autocast(hidden.device.type, enabled=False):
-            tiles = Tiles(hidden, weight, bias, plan, 2)
+            tiles = Tiles(hidden, weight, bias, plan, 2, excluded)
             state = Online(tiles, ids, plan.formed)
             for block in tiles.blocks():
                 rows, added = tiles.block(block)
@@ -159,7 +168,7 @@ class _Chunked(torch.autograd.Function):
                     state.take(tiles.product(chunk, block, rows, added), chunk, block, rows)
             found, log_z, rest, entropy, extra = state.results()
         ctx.plan = plan
-        ctx.save_for_backward(hidden, weight, bias, ids, log_z, state.mean_row, found, rest)
+        ctx.save_for_backward(hidden, weight, bias, ids, excluded, log_z, state.mean_row, found, rest)
         ctx.mark_non_differentiable(entropy, extra)
         # Copies, for a view of an output may not be handed out by a module that FSDP gathers.
         return found[:, 0].clone(), found[:, 1:].clone(), rest.clone(), entropy, extra
@@ -167,15 +176,17 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, first: Tensor, others: Tensor, rest: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, ids, log_z, mean_row, found, log_rest = ctx.saved_tensors
+        hidden, weight, bias, ids, excluded, log_z, mean_row, found, log_rest = ctx.saved_tensors
         plan: Plan = ctx.plan
-        upstream = torch.cat((first.unsqueeze(-1), others), dim=-1).to(plan.wide)
+        upstream = torch.cat((first.unsqueeze(-1), others), dim=-1).to(plan.wide).masked_fill_(ids < 0, 0.0)
         with torch.autocast(hidden.device.type, enabled=False):
             if plan.formed:
-                return from_mean_row(hidden, weight, ids, upstream, found + log_z[:, None], mean_row, plan), *[None] * 4
+                picked = (found + log_z[:, None]).masked_fill_(ids < 0, 0.0)
+                return from_mean_row(hidden, weight, ids, upstream, picked, mean_row, plan), *[None] * 5
             to_rest = (rest.to(plan.wide), log_rest) if plan.rest else None
             gradient = Gradient(upstream, found, to_rest, log_z, ids, plan)
-            return *recompute(hidden, weight, bias, gradient, plan, ctx.needs_input_grad[:3]), None, None
+            grads = recompute(hidden, weight, bias, gradient, plan, ctx.needs_input_grad[:3], excluded)
+            return *grads, None, None, None
 
 
 @torch.no_grad()
@@ -187,38 +198,55 @@ def chunked_topk(
     *,
     bias: Tensor | None = None,
     tail: Tail | None = None,
+    excluded: Tensor | None = None,
     tile_tokens: int | None = None,
     tile_vocabulary: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The k likeliest ids of every token and their log-probs, tile by tile, without gradient.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k likeliest ids of every token, their log-probs and that of all others, tile by tile, without gradient.
 
     Args:
         hidden, weight, temperature, bias, tail, tile_tokens, tile_vocabulary: as for ``chunked_logprobs``.
         k: 1..V.
+        excluded: I[X], ascending, ids that do not take part: the softmax is over all others.
 
     Returns:
-        ids I64[T, k], likeliest first, and log-probs F[T, k] in float32 (float64 where the head computes in float64).
+        ids I64[T, k], likeliest first, log-probs F[T, k] and the log-mass of the rest F[T], summed up directly; in
+        float32 (float64 where the head computes in float64). Where fewer than k ids have mass, id -1 and -inf.
 
     Raises:
         ValueError: k, a temperature or a side of a tile out of range.
     """
     if not 1 <= k <= weight.shape[0]:
         raise ValueError(f"k = {k}; expected 1..{weight.shape[0]}")
-    plan = _plan(hidden, weight, temperature, None, False, False, False, tail, tile_tokens, tile_vocabulary)
+    plan = _plan(hidden, weight, temperature, None, False, True, False, tail, tile_tokens, tile_vocabulary)
     with torch.autocast(hidden.device.type, enabled=False):
-        tiles = Tiles(hidden, weight, bias, plan, 2)
-        state = Online(tiles, torch.zeros((tiles.total, 0), dtype=torch.long, device=hidden.device), formed=False)
+        tiles = Tiles(hidden, weight, bias, plan, 2, excluded)
+        # Of each tile the state is told the k likeliest, so that its rest is the mass of the others.
+        none = torch.full((tiles.total, 1 + k), -1, dtype=torch.long, device=hidden.device)
+        state = Online(tiles, none, formed=False)
         best = torch.full((tiles.total, k), -torch.inf, dtype=plan.wide, device=hidden.device)
-        ids = torch.zeros((tiles.total, k), dtype=torch.long, device=hidden.device)
+        ids = none[:, 1:].clone()
         for block in tiles.blocks():
             rows, added = tiles.block(block)
+            columns = tiles.excluded(block)
             for chunk in tiles.chunks():
                 z = tiles.product(chunk, block, rows, added)
                 if plan.tail.cap is not None:
                     z.tanh_().mul_(plan.after_tanh)
+                if columns is not None:
+                    z[:, columns] = -torch.inf
                 values, places = z.topk(min(k, z.shape[1]), dim=-1)
-                joined = torch.cat((best[chunk], values), dim=-1)
-                best[chunk], order = joined.topk(k, dim=-1)
-                ids[chunk] = torch.cat((ids[chunk], places + block.start), dim=-1).gather(-1, order)
+                places += block.start
+                state.ids[chunk, 1 : 1 + places.shape[1]] = places
+                state.ids[chunk, 1 + places.shape[1] :] = -1
+                joined, order = torch.cat((best[chunk], values), dim=-1).sort(dim=-1, descending=True)
+                ids[chunk] = torch.cat((ids[chunk], places), dim=-1).gather(-1, order[:, :k])
+                best[chunk] = joined[:, :k]
                 state.reduce(z, chunk, block, rows, None)
-        return ids, best - state.peak[:, None] - state.total.log()[:, None]
+                pushed_out = joined[:, k:]
+                pushed_out = torch.where(pushed_out > -torch.inf, pushed_out - state.peak[chunk, None], -torch.inf)
+                state.outside[chunk] += pushed_out.exp_().sum(dim=-1)
+        log_total = state.total.log()
+        logprobs = best - state.peak[:, None] - log_total[:, None]
+        rest = state.outside.clamp(min=torch.finfo(plan.wide).tiny).log() - log_total
+        return ids.masked_fill_(best == -torch.inf, -1), logprobs, rest

@@ -2,8 +2,8 @@
 
 ``Tiles`` computes a tile's z into a buffer that all tiles share, ``Online`` folds it into running figures a token,
 ``Gradient`` turns it into the gradient with respect to z in place. Blocks of the matrix are the outer loop, so that a
-block is cast once and its gradient stays in the cache while the tokens pass by. Not covered: what the figures mean
-(see ``objective.chunked``).
+block is cast once and its gradient stays in the cache while the tokens pass by. An id of -1 is none: it is in no
+block. Not covered: what the figures mean (see ``objective.chunked``).
 """
 
 from __future__ import annotations
@@ -62,9 +62,22 @@ class Plan:
 class Tiles:
     """The tiles of one call: blocks of the matrix (outer), chunks of tokens (inner), two buffers for all of them."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, buffers: int) -> None:
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        plan: Plan,
+        buffers: int,
+        excluded: Tensor | None = None,
+    ) -> None:
         self.hidden, self.weight, self.bias, self.plan = hidden.to(plan.compute), weight, bias, plan
         self.total, self.rows = hidden.shape[0], weight.shape[0]
+        self._excluded, self._bounds = excluded, dict[int, int]()
+        if excluded is not None:
+            edges = [*range(0, self.rows, plan.vocabulary), self.rows]
+            bounds = torch.searchsorted(excluded, torch.tensor(edges, device=excluded.device))
+            self._bounds = dict(zip(edges, bounds.tolist(), strict=True))
         size = min(plan.tokens, self.total) * min(plan.vocabulary, self.rows)
         self._buffers = [torch.empty(size, dtype=plan.wide, device=hidden.device) for _ in range(buffers)]
 
@@ -83,6 +96,16 @@ class Tiles:
         """Rows of the matrix in the dtype of the products, and their bias times ``factor``."""
         bias = None if self.bias is None else self.bias[block].to(self.plan.wide) * self.plan.factor
         return self.weight[block].to(self.plan.compute), bias
+
+    @property
+    def excludes(self) -> bool:
+        return self._excluded is not None
+
+    def excluded(self, block: slice) -> Tensor | None:
+        """The columns of a block whose ids are excluded; None where there is none."""
+        if self._excluded is None or self._bounds[block.start] == self._bounds[block.stop]:
+            return None
+        return self._excluded[self._bounds[block.start] : self._bounds[block.stop]] - block.start
 
     def buffer(self, number: int, chunk: slice, block: slice) -> Tensor:
         tokens, rows = chunk.stop - chunk.start, block.stop - block.start
@@ -119,7 +142,7 @@ class Online:
 
         self.peak, self.total, self.weighted, self.extra = fill(-torch.inf), fill(0.0), fill(0.0), fill(0.0)
         self.outside = fill(0.0)
-        self.picked = torch.zeros(ids.shape, dtype=plan.wide, device=device)
+        self.picked = torch.where(ids < 0, -torch.inf, torch.zeros(ids.shape, dtype=plan.wide, device=device))
         self.mean_row: Tensor | None = None
         if formed:
             self.mean_row = torch.zeros((tiles.total, tiles.hidden.shape[1]), dtype=plan.wide, device=device)
@@ -156,7 +179,13 @@ class Online:
         if plan.rest:
             inside, local = _local(self.ids[chunk, 1:], block)
             chosen = _take_out(e, inside, local)
+            columns = self.tiles.excluded(block)
+            apart = None if columns is None else e[:, columns]
+            if columns is not None:
+                e[:, columns] = 0.0
             self.outside[chunk] = self.outside[chunk] * shrink + e.sum(dim=-1)
+            if columns is not None and apart is not None:
+                e[:, columns] = apart
             e.scatter_add_(-1, local, chosen)
         if self.mean_row is not None:
             weights = e if slope is None else e * slope
@@ -177,9 +206,10 @@ class Online:
         log_total = self.total.log()
         over = self.picked - self.peak[:, None]
         chosen = over[:, 1:].exp().sum(dim=-1)
-        # Near 1 the log of a share is best taken from what is missing.
         rest = self.outside.clamp(min=torch.finfo(plan.wide).tiny).log() - log_total
-        rest = torch.where(chosen < 0.5 * self.total, torch.log1p(-chosen / self.total), rest)
+        if not self.tiles.excludes:
+            # Near 1 the log of a share is best taken from what is missing.
+            rest = torch.where(chosen < 0.5 * self.total, torch.log1p(-chosen / self.total), rest)
         entropy = log_total - self.weighted / self.total if plan.entropy else log_total
         extra = log_total
         if plan.extra_temperature is not None:
@@ -210,20 +240,30 @@ class Gradient:
             return g.scatter_add_(-1, local, torch.where(inside, upstream, 0.0))
         rest, log_rest = (part[chunk, None] for part in self.to_rest)
         together = together + rest
+        columns = tiles.excluded(block)
+        apart = None if columns is None else z[:, columns]
         # p_v / p(rest), at most 1 for the ids of the rest; what the others come to is taken out at once.
         g = tiles.above_underflow(z.sub_(log_z + log_rest).clamp_(max=0.0)).exp_()
         _take_out(g, inside[:, 1:], local[:, 1:])
         g.mul_(rest - log_rest.exp() * together)
+        if columns is not None and apart is not None:
+            g[:, columns] = (apart - log_z).exp_().mul_(-together)
         pull = upstream.clone()
         pull[:, 1:] -= self.found[chunk, 1:].exp() * together
         return g.scatter_add_(-1, local, torch.where(inside, pull, 0.0))
 
 
 def recompute(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, gradient: Gradient, plan: Plan, needs: tuple[bool, ...]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gradient: Gradient,
+    plan: Plan,
+    needs: tuple[bool, ...],
+    excluded: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias, as far as needed, by a second walk over the tiles."""
-    tiles = Tiles(hidden, weight, bias, plan, 1 if plan.tail.cap is None else 2)
+    tiles = Tiles(hidden, weight, bias, plan, 1 if plan.tail.cap is None else 2, excluded)
     to_hidden = torch.zeros_like(hidden, dtype=plan.wide) if needs[0] else None
     to_weight = torch.empty_like(weight) if needs[1] else None
     to_bias = torch.zeros_like(bias, dtype=plan.wide) if bias is not None and needs[2] else None
