@@ -169,6 +169,10 @@ class TrainConfig(Table):
     GPU). ``activation_checkpointing``: which decoder layers the backward pass computes again instead of keeping their
     activations: none ("off"), all ("full"), every n-th (n), or all, with their inputs in CPU memory until then
     ("offload"). ``threads``: torch intra-op threads; None leaves torch's choice.
+
+    With several ranks (torchrun) weights, gradients and optimiser states are dealt to all of them (``shard = "full"``),
+    or to those of each machine, which then holds a whole copy ("hybrid"). ``collective_timeout_s``: how long a rank
+    waits for the others within an update; generation and judging have no such limit.
     """
 
     steps: PositiveInt = 100
@@ -186,6 +190,8 @@ class TrainConfig(Table):
     max_tokens_per_microbatch: PositiveInt = 16384
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: Literal["off", "full", "offload"] | PositiveInt = "off"
+    shard: Literal["full", "hybrid"] = "full"
+    collective_timeout_s: PositiveFloat = 600.0
     device: str = "auto"
     threads: Annotated[int, Field(gt=0, le=4096)] | None = None
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from scope_opd.models.rows import Rows as TokenRows
 from scope_opd.objective.methods import Aggregation
 from scope_opd.pipeline import Collected, GroupsHook, NoteHook, PhaseHook, ProgressHook, Timeline
+from scope_opd.ranks import Ranks
 from scope_opd.types import Prompt, Rollout, SamplingParams, WeightPublisher
 
 Rows = Sequence[Mapping[str, Any]]
@@ -109,13 +110,53 @@ class SurrogateSettings:
     common_vocabulary: Sequence[int] | None = None
 
 
+class LearnerParts(Protocol):
+    """What the learner needs, on any rank; see ``Engines``."""
+
+    @property
+    def model(self) -> PreTrainedModel | None: ...
+
+    @property
+    def trained(self) -> PreTrainedModel: ...
+
+    @property
+    def surrogate(self) -> SurrogateSettings: ...
+
+    @property
+    def teacher_head(self) -> TeacherHead | None: ...
+
+    @property
+    def reference(self) -> TokenFunction | None: ...
+
+    @property
+    def ranks(self) -> Ranks: ...
+
+
+@dataclass(slots=True)
+class Follower:
+    """What the trainer is handed on a rank that follows.
+
+    Attributes:
+        trained: the student that is trained, before it is sharded.
+        surrogate, teacher_head, reference, ranks: as in ``Engines``.
+        model: the plain copy that this rank's sampler decodes with; None where it has none.
+    """
+
+    trained: PreTrainedModel
+    surrogate: SurrogateSettings
+    ranks: Ranks
+    model: PreTrainedModel | None = None
+    teacher_head: TeacherHead | None = None
+    reference: TokenFunction | None = None
+
+
 @dataclass(slots=True)
 class Engines:
     """Everything that the trainer is handed.
 
     Attributes:
-        model: the student, the same module that the sampler decodes with; on its device, in ``train.param_dtype``, in
-            eval mode.
+        model: the student as a plain module, the same that the sampler decodes with and that servers are sent; on its
+            device, in ``train.param_dtype``, in eval mode. With one rank it is also what is trained.
         tokenizer: the student's, for token strings in dumps and for the export.
         pipeline: ``pipeline.Pipeline`` or anything with its ``collect``.
         credit: writes ``reinforce``, ``distill``, ``masked``, ``mask_reason`` on all rollouts of a step and returns
@@ -133,6 +174,9 @@ class Engines:
             anything.
         publisher: brings new weights to samplers that hold a copy of their own; None where the sampler decodes with
             ``model`` itself.
+        trainee: with several ranks, the student that is trained: another module than ``model``, of the same weights, not
+            sharded yet. ``Learner.refresh`` brings its weights to ``model``.
+        ranks: the processes of the run; this one is the first of them.
         data: which data sets these prompts are, by "train" and "eval", as plain values; kept in run.json.
         fingerprints: what tells the models that the run began with from others, as plain values, kept in checkpoints:
             "student" and "teacher", each ``{"weights": digest}`` or ``{"served": {route: {"tokens", "logprobs"}}}``.
@@ -150,8 +194,15 @@ class Engines:
     evaluator: Evaluator | None = None
     weights_use_tau: frozenset[str] = frozenset()
     publisher: WeightPublisher | None = None
+    trainee: PreTrainedModel | None = None
+    ranks: Ranks = field(default_factory=Ranks)
     data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     fingerprints: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> PreTrainedModel:
+        """What the learner changes."""
+        return self.model if self.trainee is None else self.trainee
 
 
 @dataclass(frozen=True, slots=True)
