@@ -469,7 +469,7 @@ def test_servers_make_the_pipeline_a_background_one_and_updates_count_for_stalen
 
     allowed = {(0, 1): 0, (1, 1): 1, (3, 1): 3, (3, 2): 1, (4, 2): 2, (0, 4): 0}
     assert {pair: steps_ahead(configured(*pair)) for pair in allowed} == allowed
-    with pytest.raises(ConfigError, match=r"max_staleness = 1 with train\.updates_per_batch = 2"):
+    with pytest.raises(ConfigError, match=r"max_staleness = 1 with train\.updates_per_batch = 2 and .*already 2 optim"):
         steps_ahead(configured(1, 2))
     plain = make_config(tmp_path / "x")
     engines = make_engines(plain)

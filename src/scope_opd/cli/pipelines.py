@@ -16,11 +16,12 @@ def steps_ahead(config: Config) -> int:
     Raises:
         ConfigError: a staleness that allows not even one.
     """
-    staleness, updates = config.rollout.max_staleness, config.train.updates_per_batch
+    staleness, train = config.rollout.max_staleness, config.train
+    updates = train.updates_per_batch * train.minibatches
     if staleness and staleness < updates:
         raise ConfigError(
-            f"rollout.max_staleness = {staleness} with train.updates_per_batch = {updates}: one step ahead is already "
-            f"{updates} optimiser steps",
+            f"rollout.max_staleness = {staleness} with train.updates_per_batch = {train.updates_per_batch} and "
+            f"train.minibatches = {train.minibatches}: one step ahead is already {updates} optimiser steps",
             f"0, or at least {updates}",
             "change one of them",
         )

@@ -164,9 +164,16 @@ class TrainConfig(Table):
     """The optimiser and the step.
 
     ``max_tokens_per_microbatch`` bounds prompt + response tokens (padding included) of one forward and backward pass;
-    it changes memory and speed, never the gradient. ``param_dtype = "bfloat16"`` is the paper's pure-bf16 training:
-    most updates at small learning rates round to nothing there; float32 keeps fp32 master weights (bf16 autocast on a
-    GPU). ``activation_checkpointing``: which decoder layers the backward pass computes again instead of keeping their
+    it changes memory and speed, never the gradient. ``packing``: several rollouts share a row without padding where the
+    model's attention can keep them apart (sdpa, flash attention); elsewhere, and with false, rows are padded.
+    ``minibatches``: a step's prompts, with all their rollouts, are cut into so many parts, in their order; each is an
+    optimiser step with denominators of its own. ``updates_per_batch``: passes over all of them. Where that is several
+    optimiser steps, what the policy was before the first is recorded for all rollouts.
+
+    ``param_dtype = "bfloat16"`` is the paper's pure-bf16 training: most updates at small learning rates round to zero
+    there; float32 keeps fp32 master weights (bf16 autocast on a GPU).
+
+    ``activation_checkpointing``: which decoder layers the backward pass computes again instead of keeping their
     activations: none ("off"), all ("full"), every n-th (n), or all, with their inputs in CPU memory until then
     ("offload"). ``threads``: torch intra-op threads; None leaves torch's choice.
 
@@ -187,7 +194,9 @@ class TrainConfig(Table):
     eps: PositiveFloat = 1e-8
     grad_clip: PositiveFloat | Literal["off"] = 1.0
     updates_per_batch: PositiveInt = 1
+    minibatches: PositiveInt = 1
     max_tokens_per_microbatch: PositiveInt = 16384
+    packing: bool = True
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: Literal["off", "full", "offload"] | PositiveInt = "off"
     shard: Literal["full", "hybrid"] = "full"
@@ -201,6 +210,15 @@ class TrainConfig(Table):
         if isinstance(values, dict) and isinstance(values.get("betas"), list):
             return {**values, "betas": tuple(values["betas"])}
         return values
+
+    @model_validator(mode="after")
+    def _minibatches_of_prompts(self) -> TrainConfig:
+        if self.minibatches > self.prompts_per_step:
+            raise ValueError(
+                f"train.minibatches = {self.minibatches} with train.prompts_per_step = {self.prompts_per_step}; "
+                f"expected at most as many, since a mini-batch holds whole prompts; change one of them"
+            )
+        return self
 
 
 class EvalConfig(Table):

@@ -81,6 +81,15 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class MiniBatch:
+    """One optimiser step: micro-batches ``start`` to ``stop`` - 1 of every rank's share, ``tokens`` in the loss."""
+
+    start: int
+    stop: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """A step's update.
 
@@ -88,6 +97,7 @@ class Batch:
         shares: each rank's micro-batches, a function of the rollouts' lengths alone; as many for every rank, none when
             nothing is unmasked.
         tokens: tokens that enter the loss.
+        minibatches: what each optimiser step takes of every share, in order.
         padding: share of padding in all micro-batches together.
         divide_by: the step's denominator, for loss and gradient in the end, where the micro-batches hold undivided
             numbers; None where it is folded in.
@@ -96,6 +106,7 @@ class Batch:
     shares: list[list[MicroBatch]]
     tokens: int
     padding: float
+    minibatches: list[MiniBatch]
     divide_by: float | None = None
 
     @property
@@ -112,6 +123,7 @@ def make_batch(
     ranks: int = 1,
     packed: bool = False,
     crossover: float = math.inf,
+    minibatches: int = 1,
     cut: Sequence[Sequence[int]] | None = None,
 ) -> Batch:
     """Fold the denominators in, then cut.
@@ -123,21 +135,28 @@ def make_batch(
         ranks: that share the micro-batches.
         packed: one row of several rollouts without padding; else rows of like length, padded on the right.
         crossover: as for ``packing.deal``, which cuts what is packed.
+        minibatches: parts of whole groups in the order of the rollouts, as even as can be; each is cut on its own, with
+            denominators of its own. One with nothing unmasked is left out.
         cut: indices of the unmasked rollouts by micro-batch, in place of the cut by length (tests of the law that the
-            cut does not matter).
+            cut does not matter); of a single mini-batch.
 
     Raises:
         ValueError: a rollout that was not credited, or one with distill != 0 and no teacher log-probs (its id).
     """
-    reinforce, distill, lengths, masked = _credit(rollouts)
-    reinforce, distill = coefficients(reinforce, distill, lengths, masked, _groups(rollouts), aggregation)
-    if cut is None:
-        dealt = _deal(rollouts, max_tokens, ranks, packed, crossover)
-    else:
-        dealt = _in_turn(cut, ranks)
-    shares = [[_micro_batch(rollouts, members, reinforce, distill, packed) for members in share] for share in dealt]
-    micro = [part for share in shares for part in share]
-    return Batch(shares, sum(part.rollout.numel() for part in micro), padding_share(micro))
+    shares: list[list[MicroBatch]] = [[] for _ in range(ranks)]
+    minis: list[MiniBatch] = []
+    for places in _by_groups(rollouts, minibatches):
+        part = [rollouts[place] for place in places]
+        reinforce, distill, lengths, masked = _credit(part)
+        numbers = coefficients(reinforce, distill, lengths, masked, _groups(part), aggregation)
+        dealt = _deal(part, max_tokens, ranks, packed, crossover) if cut is None else _in_turn(cut, ranks)
+        start, tokens = len(shares[0]), 0
+        for share, more in zip(shares, _micro_batches(part, places, dealt, *numbers, packed=packed), strict=True):
+            share += more
+            tokens += sum(micro.rollout.numel() for micro in more)
+        if tokens:
+            minis.append(MiniBatch(start, len(shares[0]), tokens))
+    return Batch(shares, sum(mini.tokens for mini in minis), padding_share(shares), minis)
 
 
 def make_part(
@@ -165,19 +184,16 @@ def make_part(
         ValueError: as ``make_batch``.
     """
     reinforce, distill = undivided(*_credit(rollouts), aggregation)
-    of_step = torch.tensor(places, dtype=torch.long)
-    shares = [
-        [_micro_batch(rollouts, members, reinforce, distill, packed) for members in share]
-        for share in _deal(rollouts, max_tokens, ranks, packed, crossover)
-    ]
-    return [[replace(part, rollout=of_step[part.rollout]) for part in share] for share in shares]
+    dealt = _deal(rollouts, max_tokens, ranks, packed, crossover)
+    return _micro_batches(rollouts, places, dealt, reinforce, distill, packed=packed)
 
 
-def padding_share(micro: Iterable[MicroBatch]) -> float:
+def padding_share(shares: Iterable[Iterable[MicroBatch]]) -> float:
     """Share of padding in all micro-batches together; 0 where there is nothing."""
     cells = padding = 0
-    for part in micro:
-        cells, padding = cells + part.cells, padding + part.padded
+    for share in shares:
+        for micro in share:
+            cells, padding = cells + micro.cells, padding + micro.padded
     return padding / cells if cells else 0.0
 
 
@@ -207,6 +223,16 @@ def _groups(rollouts: Sequence[Rollout]) -> Tensor:
     return torch.tensor([groups.setdefault(rollout.group, len(groups)) for rollout in rollouts], dtype=torch.long)
 
 
+def _by_groups(rollouts: Sequence[Rollout], count: int) -> list[list[int]]:
+    """Indices by mini-batch; none is empty."""
+    groups = _groups(rollouts).tolist()
+    total = max(groups, default=-1) + 1
+    parts: list[list[int]] = [[] for _ in range(count)]
+    for index, group in enumerate(groups):
+        parts[group * count // total].append(index)
+    return [part for part in parts if part]
+
+
 def _deal(
     rollouts: Sequence[Rollout], max_tokens: int, ranks: int, packed: bool, crossover: float
 ) -> list[list[Sequence[int]]]:
@@ -225,6 +251,21 @@ def _in_turn(batches: Sequence[Sequence[int]], ranks: int) -> list[list[Sequence
     turns = [whole[start : start + ranks] for start in range(0, len(whole), ranks)]
     turns = [turn[::-1] if number % 2 else turn for number, turn in enumerate(turns)]
     return [[turn[rank] for turn in turns] for rank in range(ranks)]
+
+
+def _micro_batches(
+    rollouts: Sequence[Rollout],
+    places: Sequence[int],
+    dealt: Sequence[Sequence[Sequence[int]]],
+    reinforce: Tensor,
+    distill: Tensor,
+    *,
+    packed: bool,
+) -> list[list[MicroBatch]]:
+    """What is dealt, by [rank][micro-batch]; ``places`` are the rollouts' indices within the step."""
+    of_step = torch.tensor(places, dtype=torch.long)
+    made = [[_micro_batch(rollouts, members, reinforce, distill, packed) for members in share] for share in dealt]
+    return [[replace(micro, rollout=of_step[micro.rollout]) for micro in share] for share in made]
 
 
 def _micro_batch(

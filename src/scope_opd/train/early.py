@@ -2,18 +2,19 @@
 
 The denominators of an aggregation belong to the whole step. Where all of them are one number, parts can be accumulated
 with undivided numbers and divided in the end, which is the same gradient. Where they are not (``released``, several
-updates of one batch, a reference KL that is averaged otherwise than the rest), the update waits for the whole step.
+optimiser steps a step, a reference KL that is averaged otherwise than the rest), the update waits for the whole step.
 Not covered: the arithmetic (``batch``, ``step``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from scope_opd.config import TrainConfig
 from scope_opd.objective.aggregate import ONE_DENOMINATOR
 from scope_opd.pipeline import GroupsHook
-from scope_opd.train.batch import Batch, MicroBatch, make_batch, make_part, step_denominator
+from scope_opd.train.batch import Batch, MicroBatch, MiniBatch, make_batch, make_part, step_denominator
 from scope_opd.train.engines import Engines, SurrogateSettings
 from scope_opd.train.step import Begun, Learner
 from scope_opd.types import Prompt, Rollout
@@ -22,7 +23,7 @@ from scope_opd.types import Prompt, Rollout
 def exact_in_parts(settings: SurrogateSettings, config: TrainConfig) -> bool:
     """Whether an update in parts is the update of the whole batch."""
     return (
-        config.updates_per_batch == 1
+        config.updates_per_batch == config.minibatches == 1
         and settings.aggregation in ONE_DENOMINATOR
         and (settings.reference_kl == 0 or settings.aggregation == "token")
     )
@@ -34,7 +35,7 @@ class Gathering:
     Args:
         engines: credit and surrogate settings.
         learner: does the backward passes that come early.
-        config: the size of micro-batches.
+        config: the size of micro- and mini-batches.
         prompts: the step's.
 
     Attributes:
@@ -44,6 +45,13 @@ class Gathering:
     def __init__(self, engines: Engines, learner: Learner, config: TrainConfig, prompts: Sequence[Prompt]) -> None:
         self.engines, self.learner, self.config = engines, learner, config
         self.begun: Begun | None = None
+        self._cut: dict[str, Any] = {
+            "aggregation": engines.surrogate.aggregation,
+            "max_tokens": config.max_tokens_per_microbatch,
+            "ranks": engines.ranks.world,
+            "packed": learner.forward.packs,
+            "crossover": learner.forward.crossover,
+        }
         self._first = {prompt.id: index * engines.sampling.n for index, prompt in enumerate(prompts)}
         self._verdicts: dict[int, bool | None] = {}
 
@@ -69,8 +77,7 @@ class Gathering:
         settings, config = self.engines.surrogate, self.config
         if self.begun is None:
             verdicts = list(self.engines.credit(rollouts))
-            batch = make_batch(rollouts, aggregation=settings.aggregation, max_tokens=config.max_tokens_per_microbatch)
-            return verdicts, batch
+            return verdicts, make_batch(rollouts, minibatches=config.minibatches, **self._cut)
         places = [place for place in range(len(rollouts)) if place not in self._verdicts]
         rest = [rollouts[place] for place in places]
         self._verdicts.update(zip(places, self.engines.credit(rest), strict=True))
@@ -79,9 +86,14 @@ class Gathering:
         cells = self.begun.cells + sum(part.cells for part in micro)
         padded = self.begun.padded + sum(part.padded for part in micro)
         tokens = sum(owner.numel() for owner in (*self.begun.owners, *(part.rollout for part in micro)))
-        batch = Batch(parts, tokens, padded / cells if cells else 0.0, step_denominator(rollouts, settings.aggregation))
+        batch = Batch(
+            parts,
+            tokens,
+            padded / cells if cells else 0.0,
+            [MiniBatch(0, len(parts[0]), tokens)] if tokens else [],
+            step_denominator(rollouts, settings.aggregation),
+        )
         return [self._verdicts[place] for place in range(len(rollouts))], batch
 
     def _parts(self, rollouts: Sequence[Rollout], places: Sequence[int]) -> list[list[MicroBatch]]:
-        aggregation = self.engines.surrogate.aggregation
-        return make_part(rollouts, places, aggregation=aggregation, max_tokens=self.config.max_tokens_per_microbatch)
+        return make_part(rollouts, places, **self._cut)

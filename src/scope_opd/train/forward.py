@@ -2,9 +2,9 @@
 
     loss = sum_t - sg(c_t) rho_t A_t  (+ reference KL)        A_t = reinforce + distill (log pi_T - sg log pi_theta)
 
-with rho_t = pi_theta / pi_old and c_t = min(pi_old / mu, C). pi_old is the detached current policy when a batch gets
-one update, and a recorded pass before the first update otherwise. c compares trainer and sampler at the temperature
-that sampled, whatever temperature the objective uses. Under ``full_kl`` the distillation term is
+with rho_t = pi_theta / pi_old and c_t = min(pi_old / mu, C). pi_old is the detached current policy when a step is one
+optimiser step, and a recorded pass over all its rollouts before the first otherwise. c compares trainer and sampler at
+the temperature that sampled, whatever temperature the objective uses. Under ``full_kl`` the distillation term is
 + distill sg(c_t) KL_t.
 
 It is one module around the student, so that sharded weights are whole from the embeddings to the head while it runs.
@@ -25,8 +25,8 @@ from scope_opd.train.batch import MicroBatch
 from scope_opd.train.engines import Engines, SurrogateSettings
 from scope_opd.train.outcome import Pass, TokenFigures
 
-Recorded = tuple[Tensor, Tensor]
-"""log pi_old and c of a micro-batch's tokens."""
+Recorded = tuple[Tensor, Tensor, Tensor, Tensor]
+"""log pi_old, c, where it was capped, and log mu - log pi_old of a micro-batch's tokens."""
 
 
 class Forward(nn.Module):
@@ -68,18 +68,20 @@ class Forward(nn.Module):
         settings = self.settings
         if record:
             scores = self._scores(micro)
-            return scores.logprobs, self._correction(micro, scores)[0]
+            return scores.logprobs, *self._correction(micro, scores)
         kl: Tensor | None = None
         if settings.distill == "full_kl":
             scores, kl = self._scores_and_kl(micro)
         else:
             scores = self._scores(micro)
         logprobs = scores.logprobs
-        correction, capped, mismatch = self._correction(micro, scores)
         old = logprobs.detach()
-        if recorded is not None:
+        if recorded is None:
+            correction, capped, mismatch = self._correction(micro, scores)
+        else:
             # A response of the teacher's has no pi_old of ours: rho stays 1 in value however often it is used.
-            old, correction = (old if settings.sampled_by == "teacher" else recorded[0]), recorded[1]
+            old = old if settings.sampled_by == "teacher" else recorded[0]
+            correction, capped, mismatch = recorded[1:]
         terms = surrogate(
             logprobs, old, correction, micro.reinforce, micro.distill if kl is None else torch.zeros_like(logprobs),
             micro.teacher, clip=settings.clip, dual_clip=settings.dual_clip,
@@ -109,8 +111,8 @@ class Forward(nn.Module):
 
         Args:
             micro: on any device.
-            tokens: of the whole step, by which the reference KL is divided.
-            recorded: from ``record`` where a batch gets several updates.
+            tokens: of the whole optimiser step, by which the reference KL is divided.
+            recorded: from ``record`` where a step's rollouts get several optimiser steps.
         """
         moved = micro.to(self.device, self.dtype)
         loss, clipped, penalty, *figures = self(moved, tokens, recorded, False)
@@ -119,9 +121,9 @@ class Forward(nn.Module):
 
     @torch.no_grad()
     def record(self, micro: MicroBatch) -> Recorded:
-        """log pi_old and c, before the first of several updates."""
-        logprobs, correction = self(micro.to(self.device, self.dtype), 1, None, True)
-        return logprobs, correction
+        """What the policy says before the first of several optimiser steps."""
+        logprobs, correction, capped, mismatch = self(micro.to(self.device, self.dtype), 1, None, True)
+        return logprobs, correction, capped, mismatch
 
     def _hidden(self, micro: MicroBatch) -> Tensor:
         """Hidden states that predict the tokens in the loss, [T, H], with gradient."""

@@ -32,7 +32,7 @@ class Learner:
     def __init__(self, engines: Engines, config: TrainConfig) -> None:
         self.model: nn.Module = engines.model
         self.config = config
-        self.forward = Forward(engines)
+        self.forward = Forward(engines, config.packing)
         self.optimizer = Optimizer(engines.model, config)
         self.device = self.forward.device
         set_checkpointing(engines.model, config.activation_checkpointing)
@@ -64,7 +64,7 @@ class Learner:
         on_progress: Callable[[int, int], None] = lambda done, total: None,
         before_change: Callable[[], None] = lambda: None,
     ) -> Outcome:
-        """Forward and backward over all micro-batches and one optimiser step, ``updates_per_batch`` times.
+        """Forward, backward and an optimiser step for each mini-batch, all of them ``updates_per_batch`` times.
 
         Args:
             batch: from ``make_batch``. With nothing unmasked no optimiser step is taken.
@@ -75,21 +75,24 @@ class Learner:
             on_progress: told (micro-batches done, in all) of a pass.
             before_change: called once, right before the weights change for the first time.
         """
-        assert begun is None or (self.config.updates_per_batch == 1 and batch.divide_by is not None)
-        passes = self.config.updates_per_batch if batch.tokens else 0
-        recorded = self._record(batch) if passes > 1 else [None] * len(batch.micro)
-        tokens = batch.tokens if batch.divide_by is None else 1
+        passes = self.config.updates_per_batch
+        several = passes * len(batch.minibatches) > 1
+        assert begun is None or not (several or batch.divide_by is None)
+        shares = batch.shares
+        recorded = [self._record(share) if several else [None] * len(share) for share in shares]
         losses, norms, figures, references, clipped = [], [], [], [], []
         updates, finite, broken = 0, True, None
-        for number in range(passes):
+        for number, mini in ((number, mini) for number in range(passes) for mini in batch.minibatches):
             on_phase("forward_backward")
             if begun is None:
                 self.optimizer.zero_grad()
             results, owners = (list(begun.passes), list(begun.owners)) if begun else ([], [])
-            for index, micro in enumerate(batch.micro):
-                results.append(self._backward(micro, tokens, recorded[index]))
-                owners.append(micro.rollout)
-                on_progress(index + 1, len(batch.micro))
+            tokens = mini.tokens if batch.divide_by is None else 1
+            for index in range(mini.start, mini.stop):
+                for share, old in zip(shares, recorded, strict=True):
+                    results.append(self._backward(share[index], tokens, old[index]))
+                    owners.append(share[index].rollout)
+                on_progress(index + 1, len(shares[0]))
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             for result in results:
                 total += result.loss.sum().double()
@@ -107,7 +110,7 @@ class Learner:
             if not finite:
                 broken = first_broken(owners, [result.loss for result in results])
                 break
-            if number == 0:
+            if not updates:
                 before_change()
             on_phase("optimiser")
             self.optimizer.step(lr)
@@ -134,9 +137,9 @@ class Learner:
         self.optimizer.zero_grad()
         return loss, grads
 
-    def _record(self, batch: Batch) -> list[Recorded]:
-        """log pi_old and c of every micro-batch, before the first of several updates."""
-        return [self.forward.record(micro) for micro in batch.micro]
+    def _record(self, share: Sequence[MicroBatch]) -> list[Recorded]:
+        """What the policy says of every micro-batch before the first of several optimiser steps."""
+        return [self.forward.record(micro) for micro in share]
 
     def _backward(self, micro: MicroBatch, tokens: int, recorded: Recorded | None) -> Pass:
         result = self.forward.run(micro, tokens, recorded)
