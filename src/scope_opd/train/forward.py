@@ -22,7 +22,7 @@ from scope_opd.models.packing import crossover_of, packs_exactly
 from scope_opd.objective.logprobs import tempered
 from scope_opd.objective.surrogate import full_kl, reference_kl, sampler_correction, surrogate
 from scope_opd.train.batch import MicroBatch
-from scope_opd.train.engines import Engines, SurrogateSettings
+from scope_opd.train.engines import LearnerParts, SurrogateSettings
 from scope_opd.train.outcome import Pass, TokenFigures
 
 Recorded = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -41,9 +41,9 @@ class Forward(nn.Module):
         crossover: see ``packing.deal``.
     """
 
-    def __init__(self, engines: Engines, packing: bool = True) -> None:
+    def __init__(self, engines: LearnerParts, packing: bool = True) -> None:
         super().__init__()
-        self.model = engines.model
+        self.model = engines.trained
         self.settings: SurrogateSettings = engines.surrogate
         self.teacher_head = engines.teacher_head
         self.reference = engines.reference
@@ -51,14 +51,14 @@ class Forward(nn.Module):
             raise ValueError("distill = 'full_kl' without teacher_head; expected an in-process teacher")
         if self.settings.reference_kl > 0 and self.reference is None:
             raise ValueError(f"reference_kl = {self.settings.reference_kl} without a reference; expected its log-probs")
-        self.view = HeadView(engines.model)
-        parameter = next(engines.model.parameters())
+        self.view = HeadView(engines.trained)
+        parameter = next(engines.trained.parameters())
         self.device = parameter.device
         self.autocast = parameter.is_cuda and parameter.dtype == torch.float32
         self.dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         with self._precision():
             self.packs = packing and packs_exactly(self.view)
-        self.crossover = crossover_of(engines.model)
+        self.crossover = crossover_of(engines.trained)
         # Sorted and each once: as many ids as the heads are wide are then all of them.
         ids = self.settings.common_vocabulary
         self._common = None if ids is None else torch.tensor(sorted(set(ids)), dtype=torch.long, device=self.device)

@@ -69,15 +69,13 @@ class Pass:
 
 @dataclass(slots=True)
 class Begun:
-    """Micro-batches of a step whose undivided gradient is in the parameters already.
+    """Micro-batches of a step, of all ranks, whose undivided gradient is in the parameters already.
 
     Attributes:
-        passes: what each gave.
         owners: each one's rollout a token (``MicroBatch.rollout``).
         cells, padded: tokens with and without padding.
     """
 
-    passes: list[Pass] = field(default_factory=list)
     owners: list[Tensor] = field(default_factory=list)
     cells: int = 0
     padded: int = 0
