@@ -37,6 +37,7 @@ from scope_opd.credit import assign_credit
 from scope_opd.data.prompts import PromptSchedule
 from scope_opd.errors import ConfigError
 from scope_opd.evaluate.run import evaluate, evaluation_seed
+from scope_opd.models.fingerprint import weights_digest
 from scope_opd.models.head import HeadView
 from scope_opd.models.loading import end_token_ids, load_model, resolve_device
 from scope_opd.models.packed_attention import enable
@@ -158,6 +159,7 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
 
     verifier, distinct_key = build_verifier(config, [*train_prompts, *eval_prompts])
     student = load_student(config, device)
+    fingerprints: dict[str, Any] = {"student": {"weights": weights_digest(student)}}
     ends = end_token_ids(student, tokenizer, config.chat.stop_token_ids)
     findings = [
         checks.vocabulary_rows([*train_prompts, *eval_prompts], ends, "student", _rows(student)),
@@ -186,6 +188,7 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
         if theirs is not None or finding.level == "FAIL":  # else it was said already that its tokenizer is not known
             findings.append(finding)
         scorer = servers.pool_teacher(config, served, judged)
+        fingerprints["teacher"] = {"served": served.fingerprints()}
         if method.sampled_by == "teacher":
             sampler = servers.server_sampler(config, served, tokenizer, _head_rows(student))
             temperature = config.teacher.temperature or sampling.temperature
@@ -195,6 +198,7 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
         if config.objective.distill == "full_kl":
             common = checks.common_vocabulary(tokenizer, theirs)
         teacher = load_teacher(config, device)
+        fingerprints["teacher"] = {"weights": weights_digest(teacher)}
         teacher_ends = end_token_ids(teacher, theirs)
         finding, judged = judge_ends(config, ends, teacher_ends, tokenizer, theirs)
         findings += [
@@ -242,6 +246,7 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
         weights_use_tau=paths_weighted_by_perplexity(method),
         publisher=publisher,
         data=about,
+        fingerprints=fingerprints,
     )
     return Built(engines, method, train_prompts, eval_prompts, verifier, scorer, about, warnings, sampled)
 

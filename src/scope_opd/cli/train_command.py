@@ -30,6 +30,7 @@ def train(
     *,
     overrides: Annotated[list[str] | None, Parameter(name="--set", negative="")] = None,
     resume: Annotated[bool, Parameter(negative="")] = False,
+    allow_config_change: Annotated[bool, Parameter(negative="")] = False,
     run_dir: Path | None = None,
 ) -> int:
     """Train a student by the method that a TOML config names.
@@ -47,6 +48,9 @@ def train(
         TABLE.KEY=VALUE in place of what the file says; may be repeated.
     resume
         Continue the run in the run folder from its newest sound checkpoint.
+    allow_config_change
+        With --resume: go on with other settings than the run had. The
+        differences become an event. Model, optimizer and dtype must stay.
     run_dir
         The run folder, in place of run.dir.
     """
@@ -74,7 +78,7 @@ def train(
             print(f"warning: {warning}", file=sys.stderr)
         print(f"first prompt: {shown_prompt(built.engines.schedule.batch(0)[0].text)}", file=sys.stderr, flush=True)
         try:
-            result = loop.train(settings, built.engines, resume=resume)
+            result = loop.train(settings, built.engines, resume=resume, allow_config_change=allow_config_change)
         finally:
             built.close()
     print("\n".join(outcome(result)))

@@ -50,4 +50,29 @@ class Config(Table):
                 "objective.distill = 'full_kl' with a teacher behind servers; expected 'sampled', since servers give "
                 "no logits; load the teacher in process (teacher.path without base_urls), or set objective.distill"
             )
+        self.best_figure  # noqa: B018 - raises
         return self
+
+    @property
+    def best_figure(self) -> tuple[float, str] | None:
+        """What ``run.keep_best`` goes by: a temperature, and a figure of its evaluation ("avg@k", "pass@k/8").
+
+        Raises:
+            ValueError: no such figure comes out of ``[eval]``.
+        """
+        wanted, evaluation = self.run.keep_best, self.eval
+        if wanted is False:
+            return None
+        figure = "avg@k" if wanted is True else wanted
+        temperature = evaluation.temperatures[0]
+        if figure.startswith("T"):
+            place, _, figure = figure.partition("/")
+            temperature = next((each for each in evaluation.temperatures if f"T{each:g}" == place), -1.0)
+        ks = [2**i for i in range(evaluation.n.bit_length())]
+        offered = [f"T{each:g}/{name}" for each in evaluation.temperatures
+                   for name in ("avg@k", *(f"pass@k/{k}" for k in ks))]  # fmt: skip
+        if not (evaluation.every or evaluation.at_start or evaluation.at_end):
+            raise ValueError(f"run.keep_best = {wanted!r} without an evaluation; expected one; set eval.every")
+        if f"T{temperature:g}/{figure}" not in offered:
+            raise ValueError(f"run.keep_best = {wanted!r}; expected true or one of {', '.join(offered)}; change it")
+        return temperature, figure

@@ -259,12 +259,17 @@ class RunConfig(Table):
     """The run folder and what is kept. ``checkpoint_every = 0``: only at the end, on a signal or on an alarm's stop.
 
     ``rollouts_logged``: rollouts of each step in rollouts.jsonl, rounded to whole groups (at least one, if not 0).
+    ``keep_best``: besides the ``keep_last`` newest, keep the checkpoint of the best evaluation: by Avg@n at the first
+    of ``eval.temperatures`` (true), or by a figure ("avg@k", "pass@k/8"; "T1/avg@k" at another temperature).
+    ``async_checkpoints``: write them to disk while training goes on; each takes its size in CPU memory meanwhile.
     """
 
     dir: UserPath = "runs/run"
     seed: Seed = 0
     checkpoint_every: NonNegativeInt = 50
     keep_last: PositiveInt = 2
+    keep_best: bool | Annotated[str, Field(pattern=r"^(T[0-9.]+/)?(avg@k|pass@k/[0-9]+)$")] = False
+    async_checkpoints: bool = True
     rollouts_logged: NonNegativeInt = 16
     export: bool = True
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)

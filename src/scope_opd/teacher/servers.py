@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from scope_opd.errors import ConfigError, RunFailed
 from scope_opd.serving.faults import Refused, RowRefused
@@ -34,6 +35,7 @@ class Route:
         fingerprint: token ids of the fixed sequence, at least two; the first is its prompt.
         tolerance: mean absolute difference of two fingerprints of the same model at most, nats a token.
         reference: the fingerprint of an earlier sitting.
+        top_k: likeliest tokens that the run asks for in each place; the fingerprint asks for as many.
 
     Attributes:
         context: tokens that the servers take at most (prompt, response and one more), None where none tells.
@@ -51,15 +53,21 @@ class Route:
         tolerance: float,
         ledger: Ledger,
         reference: list[float] | None = None,
+        top_k: int = 0,
     ) -> None:
         self.name, self.settings, self.tolerance = name, settings, tolerance
-        self.request = ScoreRequest(tuple(fingerprint[:FINGERPRINT_TOKENS]), 1)
+        self.request = ScoreRequest(tuple(fingerprint[:FINGERPRINT_TOKENS]), 1, top_k)
         self.hash = token_hash(self.request.token_ids)
         self.context: int | None = None
         self.down: list[str] = []
         self.pool = Pool(client, settings.endpoints(), pool, self.verify)
         self._ledger, self._reference = ledger, reference
         self._allow_unprotected = True
+
+    @property
+    def reference(self) -> Sequence[float] | None:
+        """The log-probs of the fixed text that every server of this route must give; None before the first did."""
+        return self._reference
 
     @property
     def shown(self) -> str:
@@ -132,6 +140,12 @@ class Route:
         try:
             return (await self.score(endpoint, self.request)).value.logprobs
         except RowRefused as error:
+            if self.request.top_k and "logprobs" in str(error).lower():
+                raise Refused(
+                    f"{error} (asked for the {self.request.top_k} likeliest tokens)", "a server that gives as many",
+                    f"start it with --max-logprobs {self.request.top_k} (scope serve teacher does), or lower "
+                    "objective.topk",
+                ) from None  # fmt: skip
             raise Refused(
                 f"{error} (asked to score {len(self.request.token_ids)} tokens)", "a server that scores them",
                 f"check that {self.settings.names.url} serves the teacher, with the student's vocabulary",
@@ -156,6 +170,7 @@ class Servers:
         routes: by name; "" is the one for whatever no other is named for.
         fingerprint: token ids that every teacher knows.
         references: (route, token hash) -> fingerprint of an earlier sitting.
+        top_k: likeliest tokens to ask for in each place of a response.
     """
 
     def __init__(
@@ -168,9 +183,10 @@ class Servers:
         tolerance: float = 0.05,
         ledger: Ledger | None = None,
         references: Mapping[tuple[str, str], list[float]] | None = None,
+        top_k: int = 0,
     ) -> None:
         assert len(fingerprint) >= 2, "a fingerprint needs two tokens"
-        self.ledger, self._settings = ledger or Ledger(None), client
+        self.ledger, self._settings, self.top_k = ledger or Ledger(None), client, top_k
         self.thread = LoopThread("scope-teacher")
         try:
             self._client = HttpClient(
@@ -186,7 +202,7 @@ class Servers:
         self.routes = {
             name: Route(
                 name, settings, self._client, pool, fingerprint, tolerance=tolerance, ledger=self.ledger,
-                reference=(references or {}).get((name, token_hash(fingerprint[:FINGERPRINT_TOKENS]))),
+                reference=(references or {}).get((name, token_hash(fingerprint[:FINGERPRINT_TOKENS]))), top_k=top_k,
             )
             for name, settings in routes.items()
         }  # fmt: skip
@@ -206,6 +222,14 @@ class Servers:
         return [
             f"{route.shown}: {line}; it is asked again later" for route in self.routes.values() for line in route.down
         ]
+
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """Of each route that has one: ``{"tokens", "logprobs"}``, the fixed text's hash and its first log-probs."""
+        return {
+            name: {"tokens": route.hash, "logprobs": list(route.reference)}
+            for name, route in self.routes.items()
+            if route.reference is not None
+        }
 
     def close(self) -> None:
         self._client.close()

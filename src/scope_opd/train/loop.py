@@ -11,7 +11,14 @@ from scope_opd.train.session import Session
 from scope_opd.train.step import Learner
 
 
-def train(config: Config, engines: Engines, *, resume: bool = False, progress: bool | None = None) -> TrainResult:
+def train(
+    config: Config,
+    engines: Engines,
+    *,
+    resume: bool = False,
+    progress: bool | None = None,
+    allow_config_change: bool = False,
+) -> TrainResult:
     """Run ``config.train.steps`` steps and leave a run folder at ``config.run.dir``.
 
     Args:
@@ -20,6 +27,7 @@ def train(config: Config, engines: Engines, *, resume: bool = False, progress: b
         engines: see ``Engines``.
         resume: continue from the newest sound checkpoint of the run folder (from the beginning when it has none).
             Without it a run folder that is not empty is refused.
+        allow_config_change: resume with other settings than the run had, but for those that its checkpoint depends on.
         progress: True a live display, False plain lines, None live on a terminal and plain lines elsewhere.
 
     Raises:
@@ -31,7 +39,9 @@ def train(config: Config, engines: Engines, *, resume: bool = False, progress: b
         torch.set_num_threads(config.train.threads)
     learner = Learner(engines, config.train)
 
-    with Session(config, engines, learner, resume=resume, progress=progress) as run:
+    with Session(
+        config, engines, learner, resume=resume, progress=progress, allow_config_change=allow_config_change
+    ) as run:
         run.boundary()
         while run.step < config.train.steps:
             with run.one_step():

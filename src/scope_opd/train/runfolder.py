@@ -89,6 +89,11 @@ class RunFolder:
         self.write("config.toml", tomli_w.dumps(_without_none(config.model_dump(mode="json"))))
         self.write("run.json", json.dumps(self.info, indent=1, ensure_ascii=False))
 
+    def note(self, **entries: Any) -> None:
+        """Add to run.json, or replace in it."""
+        self.info |= entries
+        self.write("run.json", json.dumps(self.info, indent=1, ensure_ascii=False))
+
     def write(self, name: str, text: str) -> None:
         """Replace a small file atomically."""
         target = self.path / name

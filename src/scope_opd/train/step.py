@@ -23,6 +23,7 @@ from scope_opd.train.engines import LearnerParts
 from scope_opd.train.forward import Forward, Recorded
 from scope_opd.train.optim import Optimizer
 from scope_opd.train.outcome import Begun, Outcome, Pass, TokenFigures, first_broken, join_figures
+from scope_opd.train.shards import Shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ class Learner:
             mesh = make_mesh(self.ranks.world, self.device.type, config.shard)
             shard(self.forward, engines.trained, mesh, low_precision=self.forward.autocast)
         self.optimizer = Optimizer(engines.trained, config)
+        self.shards = Shards(self.ranks, self.model, self.optimizer)
         self._hooks = _Hooks()
         self._early: list[tuple[Tensor, Pass]] = []
         self._fresh: int | None = None
