@@ -11,6 +11,7 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ METRIC_KEYS: dict[str, str] = {
     "rollout/staleness_mean": "mean over response tokens of the policy version at the update minus the token's own",
     "rollout/staleness_max": "the same for the oldest token",
     "tokens/trained": "tokens in the loss",
-    "padding/share": "share of padding in the update's micro-batches",
+    "padding/share": "share of padding in the update's micro-batches, 0 where they are packed",
     "time/generation_s": "until the last rollout ended",
     "time/verify_s": "sum over verdicts",
     "time/teacher_s": "sum over scoring calls",
@@ -217,8 +218,9 @@ def rollout_rows(
     """The rows for rollouts.jsonl: as many whole groups as fit into ``limit``, and one at least where it is above 0.
 
     Groups stay whole because weights are normalised in them: ``scope weights`` on the file gives the run's numbers.
-    Each row is the whole record with ``step``, ``prompt`` (its text), ``tokens`` (the text of every response token) and
-    ``advantages`` (A_t of every response token as the update saw it; 0 where the token was not in the loss).
+    Each row is the whole record, without a teacher's top-k rows (many times the rest), with ``step``, ``prompt`` (its
+    text), ``tokens`` (the text of every response token) and ``advantages`` (A_t of every response token as the update
+    saw it; 0 where the token was not in the loss).
     """
     chosen: list[int] = []
     members: dict[str, list[int]] = {}
@@ -235,7 +237,7 @@ def rollout_rows(
         advantages = torch.zeros(len(rollout.token_ids), dtype=torch.float64)
         advantages[outcome.tokens.place[own]] = outcome.tokens.advantage[own].double()
         rows.append({
-            **rollout_to_dict(rollout),
+            **rollout_to_dict(replace(rollout, teacher_topk=None)),
             "step": step,
             "prompt": tokenizer.decode(rollout.prompt_token_ids),
             "tokens": [tokenizer.decode([token]) for token in rollout.token_ids],
