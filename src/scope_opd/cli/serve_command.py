@@ -77,11 +77,11 @@ def serve(
                 raise ConfigError(f"{option} for the student", "a teacher", f"leave {option} out")
     if copy_dir is not None and temperature is None:
         raise ConfigError("--copy-dir without --temperature", "both", "add --temperature")
-    python, on_cpu = _interpreter(settings, show)
+    python, on_cpu = interpreter(settings, show)
 
     def launch(served: Served) -> Launch:
         return plan_launch(
-            settings, kind, served, python=python, on_cpu=on_cpu, shell=os.environ, cores=_cores(),
+            settings, kind, served, python=python, on_cpu=on_cpu, shell=os.environ, cores=usable_cores(),
             replica=replica, route=route,
         )  # fmt: skip
 
@@ -91,7 +91,7 @@ def serve(
         _say(f"warning: {line}")
     reminder = None
     if kind == "teacher":
-        folder, reminder = _tempered(settings, served, temperature, copy_dir)
+        folder, reminder = tempered(settings, served, temperature, copy_dir)
         if folder is not None:
             plan = launch(describe(settings, kind, folder))
     if show:
@@ -184,7 +184,16 @@ def _context(sizes: dict[str, Any]) -> int | None:
     return length if isinstance(length, int) and kind in ("default", "llama3") else None
 
 
-def _interpreter(config: Config, show: bool) -> tuple[str, bool]:
+def interpreter(config: Config, show: bool) -> tuple[str, bool]:
+    """The Python that has vLLM, and whether its vLLM computes on the CPU.
+
+    Args:
+        config: ``serving.python``.
+        show: nothing is to be started: one that is not there is taken for one that computes on GPUs.
+
+    Raises:
+        ConfigError: there is none.
+    """
     from scope_opd.serving.process import find_interpreter
 
     try:
@@ -198,11 +207,11 @@ def _interpreter(config: Config, show: bool) -> tuple[str, bool]:
     return found.path, found.on_cpu
 
 
-def _tempered(
-    config: Config, served: Served, temperature: float | None, copy_dir: Path | None
+def tempered(
+    config: Config, served: Served, temperature: float | None, copy_dir: Path | None = None, *, write: bool = True
 ) -> tuple[Path | None, str | None]:
     """The folder of the copy that is to be served, None for the model itself; and a warning, which it has given, where
-    the config differs."""
+    the config differs. Without ``write`` the copy is not made, and may not be there."""
     from scope_opd.models.tempered_copy import copy_folder, served_temperature, tempered_copy
 
     wanted = config.teacher.served_temperature
@@ -218,6 +227,8 @@ def _tempered(
         return None, warning
     cache = Path(config.run.dir).absolute().parent / "served"
     folder = copy_dir.expanduser() if copy_dir is not None else copy_folder(cache, served.model, temperature)
+    if not write:
+        return folder, None
     fresh = tempered_copy(served.model, temperature, folder, revision=served.revision)
     _say(f"{'wrote' if fresh else 'found'} the copy of {config.teacher.path} at temperature {temperature:g}: {folder}")
     if wanted == temperature:
@@ -231,7 +242,7 @@ def _tempered(
     return folder, warning
 
 
-def _cores() -> int:
+def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -242,9 +242,9 @@ class ServerProcess(GuardedProcess):
                 asked.wait(0.3)
         return False
 
-    def late(self, timeout_s: float) -> RunFailed:
+    def late(self, timeout_s: float, remedy: str = "see its log above") -> RunFailed:
         """The error for one that is not ready in time."""
         return RunFailed(
             f"{self.name} was not ready after {timeout_s:g} s; its log ends with: {self.last()}",
-            "an answer to /health", "raise serving.start_timeout_s, or see its log above",
+            "an answer to /health", f"raise serving.start_timeout_s, or {remedy}",
         )  # fmt: skip
