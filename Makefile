@@ -62,8 +62,8 @@ imports: $(VENV)/.test  ## Which room may import which.
 kill-test: $(VENV)/.test  ## Kill training runs in every phase, resume them and compare bit by bit (minutes).
 	SCOPE_KILLS=20 $(PYTEST) -s tests/test_kill.py
 
-bench: $(VENV)/.test  ## Step time by stage and the sampler against transformers' generate.
-	$(BIN)/python benchmarks/pipeline.py
+bench: $(VENV)/.test  ## Step time of our methods by stage.
+	$(BIN)/python benchmarks/against_trl.py
 
 wheel: $(VENV)/.test  ## Build the wheel into dist/.
 	$(PIP) wheel --no-deps -w dist .
