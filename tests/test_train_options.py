@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 from typing import Any
 
@@ -9,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from scope_opd.config import TrainConfig, validate_config
+from scope_opd.errors import ConfigError
 from scope_opd.models.checkpointing import recomputed_share, set_checkpointing
 from scope_opd.models.head import HeadView, response_logprobs
 from scope_opd.models.packing import pack, packed_hidden, packs_exactly
 from scope_opd.models.watch import decoder_layers
+from scope_opd.train.optim import Optimizer
 from tiny import tiny_model
 
 SETTINGS: list[Any] = ["full", "offload", 1, 2, 3]
@@ -147,3 +151,107 @@ class TestCheckpointing:
     def test_every_0th_layer_is_refused(self) -> None:
         with pytest.raises(ValueError, match="activation_checkpointing = 0"):
             set_checkpointing(tiny_model("qwen3"), 0)
+
+
+def settings(**values: Any) -> TrainConfig:
+    return TrainConfig(**{"lr": 1e-2, "weight_decay": 0.1, **values})
+
+
+def set_gradients(model: Any, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        drawn = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        parameter.grad = drawn if parameter.requires_grad else None
+
+
+def stepped(config: TrainConfig, steps: int = 4, *, resume_at: int | None = None, **model: Any) -> dict[str, Tensor]:
+    """Weights after some steps; from ``resume_at`` on of a new model and optimiser with the weights and states then."""
+    student = tiny_model("qwen3", **model)
+    optimizer = Optimizer(student, config)
+    for step in range(steps):
+        if step == resume_at:
+            weights = copy.deepcopy(student.state_dict())
+            saved = {name: tensor.clone() for name, tensor in optimizer.states().items()}
+            student = tiny_model("qwen3", **model)
+            optimizer = Optimizer(student, config)
+            states = optimizer.make_states(saved)
+            assert states.keys() == saved.keys()
+            with torch.no_grad():
+                for name, tensor in states.items():
+                    tensor.copy_(saved[name])
+            student.load_state_dict(weights)
+        set_gradients(student, step)
+        optimizer.step(1e-2)
+    return dict(student.state_dict())
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+class TestStates:
+    def test_offloaded_states_step_as_those_beside_the_model_bit_for_bit(self) -> None:
+        assert same(stepped(settings(offload="optimizer")), stepped(settings()))
+
+    def test_offloaded_states_step_from_weights_that_something_else_has_changed(self) -> None:
+        found = []
+        for offload in ("off", "optimizer"):
+            model = tiny_model("qwen3")
+            optimizer = Optimizer(model, settings(offload=offload))
+            for step in range(3):
+                set_gradients(model, step)
+                optimizer.step(1e-2)
+                for parameter in model.parameters():
+                    parameter.data.mul_(0.5)  # unseen by version counters
+            found.append(dict(model.state_dict()))
+        assert same(*found)
+
+    def test_a_parameter_without_gradient_is_left_alone(self) -> None:
+        model = tiny_model("qwen3")
+        optimizer = Optimizer(model, settings(offload="optimizer"))
+        before = copy.deepcopy(model.state_dict())
+        for _ in range(2):
+            set_gradients(model, 0)
+            model.model.norm.weight.grad = None
+            optimizer.step(1e-2)
+        changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        assert changed == before.keys() - {"model.norm.weight"}
+        assert not any(name.startswith("model.norm.") for name in optimizer.states())
+
+    @pytest.mark.parametrize("values", [{"offload": "optimizer"}, {"optimizer": "adamw_8bit"}])
+    def test_a_resumed_optimiser_goes_on_bit_for_bit(self, values: dict[str, Any]) -> None:
+        assert same(stepped(settings(**values), resume_at=2), stepped(settings(**values)))
+
+    def test_8_bit_states_take_a_quarter_and_small_ones_stay_as_they_are(self) -> None:
+        model = tiny_model("qwen3")
+        optimizer = Optimizer(model, settings(optimizer="adamw_8bit"))
+        set_gradients(model, 0)
+        optimizer.step(1e-2)
+        sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in optimizer.states().items()}
+        embedding, norm = model.model.embed_tokens.weight, model.model.norm.weight
+        assert sizes["model.embed_tokens.weight/exp_avg.codes"] == embedding.numel()
+        assert sizes["model.embed_tokens.weight/exp_avg_sq.scale"] == 4 * embedding.numel() // 256
+        assert sizes["model.norm.weight/exp_avg"] == 4 * norm.numel()
+
+    def test_8_bit_steps_are_close_to_full_ones(self) -> None:
+        start = dict(tiny_model("qwen3").state_dict())
+        full, small = stepped(settings(weight_decay=0.0)), stepped(settings(weight_decay=0.0, optimizer="adamw_8bit"))
+        name = "model.embed_tokens.weight"
+        moved = (full[name] - start[name]).norm()
+        assert 0 < (full[name] - small[name]).norm() < 0.05 * moved
+
+    def test_8_bit_states_without_torchao_are_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = builtins.__import__
+
+        def missing(name: str, *args: Any) -> Any:
+            if name.startswith("torchao"):
+                raise ImportError("No module named 'torchao'")
+            return real(name, *args)
+
+        monkeypatch.setattr(builtins, "__import__", missing)
+        with pytest.raises(ConfigError, match=r"adamw_8bit.*torchao.*scope-opd\[low-bit\]"):
+            Optimizer(tiny_model("qwen3"), settings(optimizer="adamw_8bit"))
+
+    def test_only_the_states_of_adamw_are_offloaded(self) -> None:
+        with pytest.raises(ConfigError, match=r"train\.offload = 'optimizer' with train\.optimizer = 'muon'"):
+            validate_config({"train": {"optimizer": "muon", "offload": "optimizer"}})

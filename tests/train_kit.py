@@ -21,6 +21,7 @@ from scope_opd.cli.engines import paths_weighted_by_perplexity, surrogate_settin
 from scope_opd.cli.inputs import build_configured_method
 from scope_opd.config import Config, load_config, validate_config
 from scope_opd.credit import assign_credit
+from scope_opd.models.adapters import add_adapters
 from scope_opd.models.packed_attention import enable
 from scope_opd.models.rows import Rows, rows_logprobs
 from scope_opd.pipeline import Pipeline
@@ -75,6 +76,7 @@ def make_engines(config: Config, *, dtype: torch.dtype = torch.float32, **change
     """Engines for a config; ``changes`` replace fields of ``Engines``."""
     tokenizer = tiny_tokenizer()
     student, teacher = tiny_model("qwen3", seed=1, dtype=dtype), tiny_model("qwen3", seed=2, dtype=dtype)
+    add_adapters(student, config.model.lora, seed=config.run.seed)
     objective, temperature = config.objective, config.rollout.temperature
     method = build_configured_method(config)
     scorer = LocalTeacher(

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Level = Literal["ok", "warn", "FAIL"]
 MAX_FULL_LR = 2e-5
+LORA_LR = (1e-5, 1e-3)
+"""Learning rates of adapters outside of which a run is warned."""
 LARGE_MODEL = 100_000_000
 """Parameters above which a learning rate over ``MAX_FULL_LR`` is warned of."""
 
@@ -119,8 +121,19 @@ def vocabulary_rows(prompts: Sequence[Prompt], ends: Sequence[int], name: str, r
 
 
 def learning_rate(config: Config, parameters: int) -> Finding:
-    """A rate that was meant for pure bf16 trains far harder with float32 master weights."""
+    """A rate that was meant for pure bf16 trains far harder with float32 master weights, and for adapters is small."""
     lr, subject = config.train.lr, "learning rate"
+    if config.model.lora.rank:
+        if LORA_LR[0] <= lr <= LORA_LR[1]:
+            return Finding(
+                subject, "ok", f"{lr:g}, {config.train.schedule}, of adapters of rank {config.model.lora.rank}"
+            )
+        return Finding(
+            subject,
+            "warn",
+            f"train.lr = {lr:g} for adapters",
+            "start at about 1e-4: adapters take ten times the rate of full fine-tuning and more",
+        )
     if config.train.param_dtype == "float32" and parameters > LARGE_MODEL and lr > MAX_FULL_LR:
         return Finding(
             subject,
@@ -204,10 +217,18 @@ def estimated_memory(
     parameters, student = shapes["student"]
     width = 2 if config.train.param_dtype == "bfloat16" else 4
     moments = 1 if config.train.optimizer == "muon" else 2
+    trained, each = parameters, width
+    if config.model.lora.rank:
+        from scope_opd.models.footprint import shape_of
+
+        trained, each = shape_of(student, config.model.lora).adapters, 4
+    state = 1 + 4 / 256 if config.train.optimizer == "adamw_8bit" else each
+    if config.train.offload == "optimizer" and gpu:
+        state = 0
     parts = {
         "weights": parameters * width,
-        "gradients": parameters * width,
-        "optimiser": parameters * width * moments,
+        "gradients": trained * each,
+        "optimiser": int(trained * state * moments),
         "logits chunk": 3 * CHUNK_LOGITS * 4 if student.vocab_size * 512 > CHUNK_LOGITS else 0,
         "decoding cache": _cache_bytes(config, student, tokens, width),
     }

@@ -5,6 +5,7 @@ Every check is that of the code which later reads the thing. Not covered: what i
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def check_early(config: Config, sources: Iterable[str | None]) -> None:
     if config.model.tokenizer is not None:
         resolve_path(config.model.tokenizer)
     check_device_name(config.train.device)
+    _check_extras(config)
     read_template(config.chat)
     for source in sources:
         if source is None or source == ZOO:
@@ -57,6 +59,16 @@ def check_run_folder(folder: Path, *, resume: bool) -> None:
 
     if not writable(folder):
         raise RunFolderError(f"run folder {folder}", "a folder that can be written", "choose another run.dir")
+
+
+def _check_extras(config: Config) -> None:
+    """Optional libraries that the config needs."""
+    for setting, wanted, library, extra in (
+        (f"model.lora.rank = {config.model.lora.rank}", config.model.lora.rank > 0, "peft", "lora"),
+        ("train.optimizer = 'adamw_8bit'", config.train.optimizer == "adamw_8bit", "torchao", "low-bit"),
+    ):
+        if wanted and importlib.util.find_spec(library) is None:
+            raise ConfigError(f"{setting} and {library} is not installed", library, f"pip install 'scope-opd[{extra}]'")
 
 
 def eval_source(config: Config) -> str | None:

@@ -37,6 +37,7 @@ from scope_opd.credit import assign_credit
 from scope_opd.data.prompts import PromptSchedule
 from scope_opd.errors import ConfigError
 from scope_opd.evaluate.run import evaluate, evaluation_seed
+from scope_opd.models.adapters import add_adapters
 from scope_opd.models.fingerprint import weights_digest
 from scope_opd.models.head import HeadView
 from scope_opd.models.loading import end_token_ids, load_model, resolve_device
@@ -160,6 +161,7 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
     verifier, distinct_key = build_verifier(config, [*train_prompts, *eval_prompts])
     student = load_student(config, device)
     fingerprints: dict[str, Any] = {"student": {"weights": weights_digest(student)}}
+    add_adapters(student, config.model.lora, seed=config.run.seed)  # before anything takes it apart
     ends = end_token_ids(student, tokenizer, config.chat.stop_token_ids)
     findings = [
         checks.vocabulary_rows([*train_prompts, *eval_prompts], ends, "student", _rows(student)),

@@ -204,11 +204,13 @@ def _student(config: Config) -> Student:
     sampled = config.rollout.temperature
     return Student(
         described,
-        shape_of(described),
+        shape_of(described, model.lora),
         dtype=getattr(torch, train.param_dtype),
         autocast=torch.bfloat16 if gpu and train.param_dtype == "float32" else None,
         optimizer=train.optimizer,
-        # On a CPU the inputs of layers stay where they are.
+        # On a CPU nothing is anywhere else.
+        offload=train.offload if gpu else "off",
+        lora=model.lora,
         checkpointing="full"
         if train.activation_checkpointing == "offload" and not gpu
         else train.activation_checkpointing,
@@ -323,7 +325,8 @@ def _cost(config: Config, found: Plan, student: Student, taught: bool, response:
     found.flops = {
         "generation": once,
         "scoring": rollouts * forward_flops(found.shapes["teacher"], length) if taught else 0.0,
-        "update": 3 * passes * once + recorded,
+        # Frozen weights need no gradient: of a backward pass's two products one is left.
+        "update": (2 if student.shape.adapters else 3) * passes * once + recorded,
         "recomputation": passes * once * recomputed_share(student.shape.layers, student.checkpointing),
     }
 

@@ -49,6 +49,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+class LoraConfig(Table):
+    """Low-rank adapters: trained in place of the weights. ``rank = 0``: none, the whole student is trained.
+
+    ``alpha``: they are scaled by alpha / rank. ``target_modules``: "all-linear", every linear layer but the head, or
+    names of such ("q_proj"). Needs ``pip install 'scope-opd[lora]'``; docs/training.md.
+    """
+
+    rank: NonNegativeInt = 0
+    alpha: PositiveFloat = 32.0
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+
+
 class ModelConfig(Table):
     """The student. ``path`` is a Hugging Face folder, a hub id, or ``zoo:student``."""
 
@@ -57,6 +69,7 @@ class ModelConfig(Table):
     tokenizer: str | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    lora: LoraConfig = Field(default_factory=LoraConfig)
 
 
 class DataConfig(Table):
@@ -175,7 +188,9 @@ class TrainConfig(Table):
 
     ``activation_checkpointing``: which decoder layers the backward pass computes again instead of keeping their
     activations: none ("off"), all ("full"), every n-th (n), or all, with their inputs in CPU memory until then
-    ("offload"). ``threads``: torch intra-op threads; None leaves torch's choice.
+    ("offload"). ``optimizer``: "adamw_8bit" keeps its states in 8 bits (torchao's, the extra ``low-bit``); "muon" takes
+    the hidden matrices, AdamW the rest. ``offload = "optimizer"``: AdamW has its states, and steps, in CPU memory.
+    ``threads``: torch intra-op threads; None leaves torch's choice.
 
     With several ranks (torchrun) weights, gradients and optimiser states are dealt to all of them (``shard = "full"``),
     or to those of each machine, which then holds a whole copy ("hybrid"). ``collective_timeout_s``: how long a rank
@@ -184,7 +199,8 @@ class TrainConfig(Table):
 
     steps: PositiveInt = 100
     prompts_per_step: PositiveInt = 16
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    offload: Literal["off", "optimizer"] = "off"
     lr: PositiveFloat = 2e-6
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: NonNegativeInt = 0
@@ -210,6 +226,15 @@ class TrainConfig(Table):
         if isinstance(values, dict) and isinstance(values.get("betas"), list):
             return {**values, "betas": tuple(values["betas"])}
         return values
+
+    @model_validator(mode="after")
+    def _offloads_adamw(self) -> TrainConfig:
+        if self.offload != "off" and self.optimizer != "adamw":
+            raise ValueError(
+                f"train.offload = {self.offload!r} with train.optimizer = {self.optimizer!r}; expected 'adamw', whose "
+                f"states alone are offloaded; change one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _minibatches_of_prompts(self) -> TrainConfig:

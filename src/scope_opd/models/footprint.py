@@ -25,7 +25,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from scope_opd.errors import ModelError
+from scope_opd.config import LoraConfig
+from scope_opd.errors import ConfigError, ModelError
+from scope_opd.models.adapters import add_adapters
 from scope_opd.models.checkpointing import Setting, set_checkpointing
 from scope_opd.models.head import HeadView, Tail, TokenScores, _tails, response_logprobs, score_hidden
 from scope_opd.models.watch import Moments, Watch, decoder_layers
@@ -40,10 +42,12 @@ class Shape:
     """A causal LM in numbers.
 
     Attributes:
-        parameters: all, each once (tied heads are one with the embedding).
+        parameters: all, each once (tied heads are one with the embedding); adapters are not among them.
         layer_parameters: of one decoder layer (the mean, where they differ).
-        muon_parameters: 2-D ones that are neither embedding nor head.
-        largest: of the largest single tensor.
+        adapters: of low-rank adapters; where there are any, they alone are trained.
+        muon_parameters: trained 2-D ones that are neither embedding nor head.
+        block_parameters: trained ones whose states an 8-bit optimiser keeps in 8 bits.
+        largest: of the largest single trained tensor.
         layers, hidden, vocabulary: of the decoder, of the head.
         heads: attention heads x head size, the width of the queries.
         kv_heads, kv_width: key-value heads; times head size.
@@ -52,7 +56,9 @@ class Shape:
 
     parameters: int
     layer_parameters: int
+    adapters: int
     muon_parameters: int
+    block_parameters: int
     largest: int
     layers: int
     hidden: int
@@ -73,10 +79,15 @@ class Shape:
         return self.parameters - (0 if self.tied else self.vocabulary * self.hidden)
 
 
-def shape_of(config: Any) -> Shape:
+def shape_of(config: Any, lora: LoraConfig | None = None) -> Shape:
     """Count a model's parameters exactly, on the meta device, from its Hugging Face config.
 
+    Args:
+        config: the model's.
+        lora: its adapters.
+
     Raises:
+        ConfigError: adapters that it cannot have.
         ModelError: transformers cannot build it.
     """
     text = config.get_text_config()
@@ -86,13 +97,19 @@ def shape_of(config: Any) -> Shape:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     outer = {id(embedding.weight)} | ({id(head.weight)} if head is not None else set())
     parameters = list(model.parameters())
+    layer_parameters = sum(p.numel() for layer in layers for p in layer.parameters())
+    with torch.device("meta"):
+        add_adapters(model, lora or LoraConfig(), seed=None)
+    trained = [p for p in model.parameters() if p.requires_grad]
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return Shape(
         parameters=sum(p.numel() for p in parameters),
-        layer_parameters=sum(p.numel() for layer in layers for p in layer.parameters()) // len(layers),
-        muon_parameters=sum(p.numel() for p in parameters if p.ndim == 2 and id(p) not in outer),
-        largest=max(p.numel() for p in parameters),
+        layer_parameters=layer_parameters // len(layers),
+        adapters=sum(p.numel() for p in trained) if lora is not None and lora.rank else 0,
+        muon_parameters=sum(p.numel() for p in trained if p.ndim == 2 and id(p) not in outer),
+        block_parameters=sum(p.numel() for p in trained if in_blocks(p)),
+        largest=max(p.numel() for p in trained),
         layers=len(layers),
         hidden=int(text.hidden_size),
         vocabulary=int((embedding if head is None else head).weight.shape[0]),
@@ -114,6 +131,7 @@ def update_moments(
     temperature: float = 1.0,
     extra_temperature: float | None = None,
     layers: int | None = None,
+    lora: LoraConfig | None = None,
 ) -> Moments:
     """Bytes that one micro-batch's forward and backward pass hold beyond weights, gradients and optimiser states.
 
@@ -128,6 +146,7 @@ def update_moments(
         checkpointing: ``train.activation_checkpointing``; of "offload" what is left on the device.
         temperature, extra_temperature: as for ``response_logprobs``.
         layers: depth; None is the config's. Deeper than ``SHALLOW`` is extrapolated.
+        lora: adapters; only they have gradients then.
 
     Returns:
         By moment: "forward", "kept" (as the forward pass ends), "head" (forward and backward of the log-probs),
@@ -140,13 +159,13 @@ def update_moments(
 
     def run(model: PreTrainedModel, watch: Watch) -> None:
         for parameter in model.parameters():
-            parameter.grad = torch.empty_like(parameter)
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         run_update(
             _TakenApart(model), watch, tokens, rows=rows, autocast=autocast, checkpointing=checkpointing,
             temperature=temperature, extra_temperature=extra_temperature,
         )  # fmt: skip
 
-    return _any_depth(config, dtype, layers, run, checkpointing if isinstance(checkpointing, int) else 1)
+    return _any_depth(config, dtype, layers, run, checkpointing if isinstance(checkpointing, int) else 1, lora)
 
 
 def run_update(
@@ -210,14 +229,15 @@ def _any_depth(
     layers: int | None,
     run: Callable[[PreTrainedModel, Watch], None],
     period: int = 1,
+    lora: LoraConfig | None = None,
 ) -> Moments:
     """Of any depth, where every ``period``-th layer is like another: the two depths traced are so far from it too."""
     depth = layers or int(config.get_text_config().num_hidden_layers)
     few = SHALLOW[0] + (depth - SHALLOW[0]) % period
     more = few + (SHALLOW[1] - SHALLOW[0]) * period
     if depth <= more:
-        return _trace(config, dtype, depth, run)
-    low, high = _trace(config, dtype, few, run), _trace(config, dtype, more, run)
+        return _trace(config, dtype, depth, run, lora)
+    low, high = _trace(config, dtype, few, run, lora), _trace(config, dtype, more, run, lora)
     found: Moments = {}
     for moment, at_more in high.items():
         at_few = low[moment]
@@ -230,16 +250,46 @@ def _any_depth(
     return found
 
 
-def _trace(config: Any, dtype: torch.dtype, depth: int, run: Callable[[PreTrainedModel, Watch], None]) -> Moments:
+def _trace(
+    config: Any,
+    dtype: torch.dtype,
+    depth: int,
+    run: Callable[[PreTrainedModel, Watch], None],
+    lora: LoraConfig | None,
+) -> Moments:
     AttentionInterface.register(ATTENTION, _attention)
+    adapted = None
+    if lora is not None and lora.rank:  # peft cannot move tensors without data, but needs none
+        with _explained(config), torch.device("meta"):
+            adapted = AutoModelForCausalLM.from_config(_prepared(config, depth), dtype=dtype).eval()
+            add_adapters(adapted, lora, seed=None)
     with _explained(config), FakeTensorMode(), _quiet_about_checkpointing():
-        model = AutoModelForCausalLM.from_config(_prepared(config, depth), dtype=dtype).eval()
+        if adapted is not None:
+            model = _on_device(adapted)
+        else:
+            model = AutoModelForCausalLM.from_config(_prepared(config, depth), dtype=dtype).eval()
         watch = Watch(model)
         try:
             run(model, watch)
         finally:
             watch.detach()
     return watch.moments
+
+
+def _on_device(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the meta device with tensors of this device in their place."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, old in held.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype)
+                    trained = old.requires_grad
+                    made[id(old)] = nn.Parameter(new, requires_grad=trained) if isinstance(old, nn.Parameter) else new
+                held[name] = made[id(old)]
+    return model
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any) -> Any:
@@ -270,7 +320,7 @@ def _prepared(config: Any, depth: int | None) -> Any:
 def _explained(config: Any) -> Iterator[None]:
     try:
         yield
-    except ModelError:
+    except (ModelError, ConfigError):
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -310,6 +360,14 @@ class _TakenApart(HeadView):
 
     def fused(self, hidden: Tensor, targets: Tensor, temperature: float, **options: Any) -> TokenScores:
         return super().fused(hidden, targets, temperature, dry=True, **options)
+
+
+def in_blocks(parameter: Tensor) -> bool:
+    """Whether torchao's optimisers keep a parameter's states in 8 bits: whole blocks of 256, 4,096 values and more.
+
+    Source: torchao/optim/adam.py, ``_AdamBase._new_buffer``.
+    """
+    return parameter.numel() >= 4096 and parameter.numel() % 256 == 0
 
 
 def forward_flops(shape: Shape, length: int) -> float:

@@ -5,7 +5,7 @@ states are kept once a rank, or in equal shares (``Layout.sharded``), in which c
 computed. The allowance for what no tensor holds (CUDA's context, libraries' workspaces, an allocator's slack) is the
 caller's.
 
-Not covered: offloading, 8-bit states, tensor parallelism of the trainer.
+Not covered: tensor parallelism of the trainer; of offloaded states, the CPU's memory.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from typing import Any, Literal
 
 import torch
 
+from scope_opd.config import LoraConfig
 from scope_opd.models.checkpointing import Setting
 from scope_opd.models.footprint import Moments, Shape, peak, scoring_moments, shape_of, update_moments
 from scope_opd.models.head import KEPT_LOGITS
 
 Parts = dict[str, int]
 
+ADAPTER_BYTES = 4
+"""Adapters are in float32."""
 PROMPT_LOGPROB_BYTES = 6
 """A bfloat16 logit and its float32 log-prob, of each prompt token of a chunk at once."""
 DRAW_BYTES = 20
@@ -53,9 +56,11 @@ class Student:
 
     Attributes:
         config, shape: its Hugging Face config and what ``shape_of`` makes of it.
-        dtype: of its weights, gradients and optimiser states.
+        dtype: of its weights and, where they are trained themselves, of gradients and optimiser states.
         autocast: what it computes in, where that is another.
-        optimizer: "adamw" or "muon".
+        optimizer: ``train.optimizer``.
+        offload: ``train.offload``.
+        lora: its adapters.
         checkpointing: ``train.activation_checkpointing``.
         fused: one kernel updates everything in place (AdamW on a GPU).
         temperature, extra_temperature: of the log-probs.
@@ -65,7 +70,9 @@ class Student:
     shape: Shape
     dtype: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    offload: Literal["off", "optimizer"] = "off"
+    lora: LoraConfig | None = None
     checkpointing: Setting = "off"
     fused: bool = True
     temperature: float = 1.0
@@ -73,14 +80,34 @@ class Student:
 
     @property
     def weights(self) -> int:
+        """Bytes, adapters included."""
+        return self.shape.parameters * self.dtype.itemsize + self.shape.adapters * ADAPTER_BYTES
+
+    @property
+    def trained(self) -> int:
+        """Parameters that are trained."""
+        return self.shape.adapters or self.shape.parameters
+
+    @property
+    def trained_width(self) -> int:
+        """Bytes of one of them; of its gradient, and of each of its states in full."""
+        return ADAPTER_BYTES if self.shape.adapters else self.dtype.itemsize
+
+    @property
+    def gradients(self) -> int:
         """Bytes."""
-        return self.shape.parameters * self.dtype.itemsize
+        return self.trained * self.trained_width
 
     @property
     def states(self) -> int:
-        """Bytes of optimiser states: two moments a parameter, one for Muon's matrices."""
+        """Bytes of optimiser states on the device: two moments a parameter, one for Muon's matrices."""
+        if self.offload == "optimizer":
+            return 0
+        if self.optimizer == "adamw_8bit":
+            blocks = self.shape.block_parameters
+            return 2 * (self.trained - blocks) * self.trained_width + 2 * blocks + 2 * 4 * (blocks // 256)
         one = self.shape.muon_parameters if self.optimizer == "muon" else 0
-        return (2 * self.shape.parameters - one) * self.dtype.itemsize
+        return (2 * self.trained - one) * self.trained_width
 
     def gathered(self, layout: Layout) -> int:
         """Bytes of whole weights that a rank holds beside its share: embedding and head throughout, two layers."""
@@ -125,7 +152,7 @@ class Updates:
         self, student: Student, layout: Layout, frozen: Parts | None = None, *, reference: bool = False
     ) -> None:
         self.student, self.layout, self.reference = student, layout, reference
-        self.fixed = resident(student, layout, frozen or {}) | {"gradients": layout.share(student.weights)}
+        self.fixed = resident(student, layout, frozen or {}) | {"gradients": layout.share(student.gradients)}
         self._known: dict[int, Stage] = {}
 
     def stage(self, tokens: int) -> Stage:
@@ -148,7 +175,7 @@ class Updates:
         moments = update_moments(
             student.config, tokens, dtype=student.dtype, autocast=student.autocast,
             checkpointing=student.checkpointing, temperature=student.temperature,
-            extra_temperature=student.extra_temperature,
+            extra_temperature=student.extra_temperature, lora=student.lora,
         )  # fmt: skip
         if self.reference:
             _, theirs = peak(_scoring(student, tokens))
@@ -333,10 +360,10 @@ def _optimiser_moment(student: Student, layout: Layout) -> Counter[str]:
     if student.optimizer == "muon":
         # The orthogonalisation of the largest matrix: update in the weights' dtype, four of its kind in bfloat16.
         matrix = max(student.shape.muon_parameters // max(student.shape.layers, 1) // 4, 1)
-        return Counter({"optimiser step": matrix * (student.dtype.itemsize + 8)})
-    if student.fused:
+        return Counter({"optimiser step": matrix * (student.trained_width + 8)})
+    if student.fused or student.offload == "optimizer":
         return Counter({"optimiser step": 0})
-    return Counter({"optimiser step": 2 * layout.share(student.shape.largest) * student.dtype.itemsize})
+    return Counter({"optimiser step": 2 * layout.share(student.shape.largest) * student.trained_width})
 
 
 def _as_sharded(student: Student, layout: Layout, moments: Moments) -> Moments:

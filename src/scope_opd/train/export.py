@@ -1,4 +1,7 @@
-"""The final student as a Hugging Face folder with its tokenizer and a model card."""
+"""The final student as a Hugging Face folder with its tokenizer and a model card.
+
+A student with adapters is written with them merged, and they alone in the folder ``adapter``, in peft's layout.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,10 @@ from transformers.utils import logging
 
 from scope_opd.config import Config
 from scope_opd.errors import RunFailed
+from scope_opd.models.adapters import adapted, plain_state_dict, save_adapter
 from scope_opd.train.runfolder import replace_folder
 
+ADAPTER = "adapter"
 _SETTINGS = (
     "objective.method", "objective.preset", "objective.tau", "objective.student_weight", "objective.teacher_weight",
     "objective.scale", "objective.truncated", "objective.distill", "objective.temperature", "rollout.n",
@@ -48,11 +53,14 @@ def export_model(
     try:
         shutil.rmtree(writing, ignore_errors=True)
         with _no_progress_bar():
-            model.save_pretrained(writing)
+            model.save_pretrained(writing, state_dict=plain_state_dict(model))
+        if adapted(model):
+            save_adapter(model, writing / ADAPTER, config.model.path)
         tokenizer.save_pretrained(writing)
-        for weights in writing.glob("*.safetensors"):  # written for the owner alone, unlike the rest
+        for weights in writing.glob("**/*.safetensors"):  # written for the owner alone, unlike the rest
             shutil.copymode(writing / "config.json", weights)
-        (writing / "README.md").write_text(model_card(config, steps, metrics, evaluations), encoding="utf-8")
+        card = model_card(config, steps, metrics, evaluations, adapter=adapted(model))
+        (writing / "README.md").write_text(card, encoding="utf-8")
         replace_folder(writing, folder)
     except Exception as error:
         shutil.rmtree(writing, ignore_errors=True)
@@ -67,8 +75,20 @@ def export_model(
     return folder
 
 
-def model_card(config: Config, steps: int, metrics: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """The card's Markdown: where the model comes from, its settings, and the figures it reached."""
+def model_card(
+    config: Config,
+    steps: int,
+    metrics: Mapping[str, Any],
+    evaluations: Sequence[Mapping[str, Any]],
+    *,
+    adapter: bool = False,
+) -> str:
+    """The card's Markdown: where the model comes from, its settings, and the figures it reached.
+
+    Args:
+        config, steps, metrics, evaluations: as for ``export_model``.
+        adapter: whether the adapters are there by themselves too.
+    """
     values = _flat(config)
     lines = [
         "---",
@@ -100,6 +120,12 @@ def model_card(config: Config, steps: int, metrics: Mapping[str, Any], evaluatio
             lines.append("| " + " | ".join([*map(_figure, figures), shown]) + " |")
     else:
         lines.append("No held-out evaluation was run.")
+    if config.model.lora.rank:
+        lines += [
+            "",
+            f"Trained were low-rank adapters (rank {config.model.lora.rank}, alpha {config.model.lora.alpha:g}), "
+            "which are merged into these weights" + (f"; `{ADAPTER}/` holds them alone, for peft." if adapter else "."),
+        ]
     if metrics:
         lines += [
             "",

@@ -1,21 +1,26 @@
 """Optimisers and learning-rate schedules.
 
-AdamW (fused on a GPU) or torch's Muon on hidden matrices with AdamW on the rest. Weight decay acts on parameters of two
-and more dimensions (embeddings included) and spares norms and biases, as Hugging Face's Trainer has it. Not covered:
-sharded, offloaded or 8-bit states.
+AdamW (fused on a GPU), torchao's AdamW with 8-bit states, or torch's Muon on hidden matrices with AdamW on the rest.
+Weight decay acts on parameters of two and more dimensions (embeddings included) and spares norms and biases, as Hugging
+Face's Trainer has it. AdamW's states, and with them its step, may be in CPU memory while the model is on a GPU.
+
+Not covered: 8-bit and offloaded states of sharded parameters.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from scope_opd.config import TrainConfig
+from scope_opd.errors import ConfigError
 
 
 def lr_at(step: int, config: TrainConfig) -> float:
@@ -42,7 +47,10 @@ class Optimizer:
 
     Args:
         model: its parameters that require a gradient are optimised.
-        config: optimizer, weight_decay, betas, eps.
+        config: optimizer, offload, weight_decay, betas, eps.
+
+    Raises:
+        ConfigError: torchao is not installed, or states that cannot be sharded are asked for on several ranks.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
@@ -52,6 +60,13 @@ class Optimizer:
         hidden = _hidden_matrices(model, self.parameters) if config.optimizer == "muon" else []
         chosen = {id(parameter) for parameter in hidden}
         rest = [parameter for parameter in self.parameters if id(parameter) not in chosen]
+        if any(isinstance(parameter, DTensor) for parameter in self.parameters):
+            _refuse_sharded(config)
+        self._copies: _CpuCopies | None = None
+        if config.offload == "optimizer":
+            self._copies = _CpuCopies(rest)
+            self._names |= {id(copy): self._names[id(own)] for own, copy in zip(rest, self._copies.all, strict=True)}
+            rest = self._copies.all
         self._parts: list[torch.optim.Optimizer] = []
         if hidden:
             # match_rms_adamw: updates of AdamW's size, so that one learning rate serves both kinds of parameter.
@@ -64,22 +79,26 @@ class Optimizer:
                 {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
             ]
             on_gpu = all(parameter.is_cuda for parameter in rest)
-            self._parts.append(
-                torch.optim.AdamW(
-                    [group for group in groups if group["params"]],
-                    lr=config.lr,
-                    betas=config.betas,
-                    eps=config.eps,
-                    fused=True if on_gpu else None,
-                )
-            )
+            options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+            groups = [group for group in groups if group["params"]]
+            if config.optimizer == "adamw_8bit":
+                self._parts.append(_adamw_8bit()(groups, **options))
+            else:
+                self._parts.append(torch.optim.AdamW(groups, fused=True if on_gpu else None, **options))
+        # What torchao compiles for a GPU would take a C++ compiler and minutes on a CPU.
+        self._eager = config.optimizer == "adamw_8bit" and not any(parameter.is_cuda for parameter in self.parameters)
 
     def step(self, lr: float) -> None:
         """One update at learning rate ``lr``."""
-        for part in self._parts:
-            for group in part.param_groups:
-                group["lr"] = lr
-            part.step()
+        with contextlib.ExitStack() as stack:
+            if self._copies is not None:
+                stack.enter_context(self._copies.stepping())
+            if self._eager:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for part in self._parts:
+                for group in part.param_groups:
+                    group["lr"] = torch.tensor(lr) if isinstance(group["lr"], Tensor) else lr
+                part.step()
 
     def zero_grad(self) -> None:
         for parameter in self.parameters:
@@ -91,11 +110,12 @@ class Optimizer:
         Hyperparameters are not among them: they come from the config, the learning rate with every step.
         """
         return {
-            f"{self._names[id(parameter)]}/{key}": value
+            f"{self._names[id(parameter)]}/{name}": tensor
             for part in self._parts
             for parameter, state in part.state.items()
             for key, value in state.items()
             if isinstance(value, Tensor)
+            for name, tensor in _plain(key, value)
         }
 
     def make_states(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -129,6 +149,78 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for part, saved in zip(self._parts, state["parts"], strict=True):
             part.load_state_dict(saved)
+
+
+class _CpuCopies:
+    """Copies of parameters in CPU memory (pinned for those on a GPU), where their optimiser has its states and steps.
+
+    Args:
+        own: the parameters.
+
+    Attributes:
+        all: their copies, in order.
+    """
+
+    def __init__(self, own: Sequence[Tensor]) -> None:
+        self._own = own
+        self.all: list[Tensor] = [self._empty(parameter).requires_grad_() for parameter in own]
+        self._gradients = [self._empty(parameter) for parameter in own]
+
+    @contextlib.contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Copies and their gradients are as the parameters' while a step begins, the parameters as the copies' after.
+
+        Parameters are copied too, every time: whatever else changes them (a checkpoint that is restored) need not know.
+        """
+        with torch.no_grad():
+            for own, copy, gradient in zip(self._own, self.all, self._gradients, strict=True):
+                copy.copy_(own, non_blocking=True)
+                copy.grad = None if own.grad is None else gradient.copy_(own.grad, non_blocking=True)
+            self._wait()
+        yield
+        with torch.no_grad():
+            for own, copy in zip(self._own, self.all, strict=True):
+                own.copy_(copy, non_blocking=True)
+            self._wait()
+
+    def _wait(self) -> None:
+        if any(parameter.is_cuda for parameter in self._own):
+            torch.cuda.synchronize()
+
+    @staticmethod
+    def _empty(like: Tensor) -> Tensor:
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+
+
+def _adamw_8bit() -> Any:
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            f"train.optimizer = 'adamw_8bit' and torchao cannot be imported ({error})",
+            "torchao",
+            "pip install 'scope-opd[low-bit]'",
+        ) from None
+    return AdamW8bit
+
+
+def _refuse_sharded(config: TrainConfig) -> None:
+    for name, value in (("optimizer", "adamw_8bit"), ("offload", "optimizer")):
+        if getattr(config, name) == value:
+            raise ConfigError(
+                f"train.{name} = {value!r} on several ranks",
+                "states that are sharded already",
+                f"leave train.{name} out",
+            )
+
+
+def _plain(key: str, state: Any) -> Iterator[tuple[str, Tensor]]:
+    """A state as tensors without further meaning: one of 8 bits is its codes and the scale of each block."""
+    if hasattr(state, "codes"):
+        yield f"{key}.codes", state.codes
+        yield f"{key}.scale", state.scale
+    else:
+        yield key, state
 
 
 def _hidden_matrices(model: nn.Module, parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from scope_opd.models.adapters import plain_state_dict
 from scope_opd.serving.control import Control
 
 Load = Callable[[Control], Awaitable[None]]
@@ -40,6 +41,8 @@ class Carrier(Protocol):
 def checkpoint_tensors(model: Any, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """A model's tensors under the names of its Hugging Face checkpoint, each stored once where it is tied.
 
+    Adapters are merged into copies of the weights that they belong to: servers know nothing of them.
+
     Args:
         model: a transformers model, whole on its device (not sharded).
         dtype: floating-point tensors are cast to it; None leaves them.
@@ -50,7 +53,7 @@ def checkpoint_tensors(model: Any, dtype: torch.dtype | None = None) -> dict[str
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-    tensors: dict[str, Tensor] = remove_tied_weights_from_state_dict(dict(model.state_dict()), model)
+    tensors: dict[str, Tensor] = remove_tied_weights_from_state_dict(plain_state_dict(model), model)
     tensors = revert_weight_conversion(model, tensors)
     return {
         name: tensor.detach().to(dtype) if dtype is not None and tensor.is_floating_point() else tensor.detach()
