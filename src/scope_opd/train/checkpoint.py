@@ -288,6 +288,15 @@ def read_checkpoint(path: Path, check: Callable[[Path, dict[str, Any]], list[str
         raise DamagedCheckpoint(f"{type(error).__name__}: {reason(error)}") from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is none to be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def _failed(final: Path, why: str) -> RunFailed:
     return RunFailed(
         f"checkpoint {final} could not be written: {why}",

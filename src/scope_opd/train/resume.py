@@ -12,6 +12,7 @@ from typing import Any
 from scope_opd.config import Config, validate_config
 from scope_opd.errors import RunFolderError
 from scope_opd.records import iter_jsonl
+from scope_opd.train.checkpoint import read_json
 
 _NEW_RUN = "start a new run.dir"
 _FREE = {("verify", "workers")}
@@ -129,7 +130,7 @@ def refuse_other_data(folder: Path, data: Mapping[str, Mapping[str, Any]], *, ac
     Raises:
         RunFolderError: the bytes of a data file, or the commit of a hub data set, are not those of run.json.
     """
-    before = _object(folder / "run.json").get("data")
+    before = read_json(folder / "run.json").get("data")
     for name, found in data.items():
         if any(line.startswith(f"data.{name} = ") for line in accepted):
             continue
@@ -154,7 +155,7 @@ def recorded_revisions(folder: Path, sources: Mapping[str, str | None]) -> dict[
     Returns:
         Commits by the same names, for the sources that run.json knows with one.
     """
-    before = _object(folder / "run.json").get("data")
+    before = read_json(folder / "run.json").get("data")
     found = {}
     for name, source in sources.items():
         known = before.get(name) if isinstance(before, dict) else None
@@ -182,7 +183,7 @@ def refuse_to_start_over(folder: Path, config: Config, damage: Sequence[str], *,
     if damage or aside:
         found = "; ".join(damage) or f"only damaged checkpoints are left ({', '.join(aside)})"
         raise RunFolderError(f"{folder}: {found}", "a sound checkpoint", f"restore one from a copy, or {_NEW_RUN}")
-    info, status = _object(folder / "run.json"), _object(folder / "status.json")
+    info, status = read_json(folder / "run.json"), read_json(folder / "status.json")
     if info.get("kind") == "evaluation":
         raise RunFolderError(f"{folder} holds an evaluation, not a training run", "a training run", "check run.dir")
     if status.get("phase") == "done" or _passed_a_checkpoint(folder):
@@ -209,14 +210,6 @@ def _passed_a_checkpoint(folder: Path) -> bool:
     """Whether a checkpoint was there once: the event is written when it is."""
     path = folder / "events.jsonl"
     return path.exists() and any(row.get("kind") == "checkpoint" for _, row in iter_jsonl(path))
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:

@@ -466,9 +466,9 @@ class Session:
         self._folder.event(self._saved, "checkpoint", checkpoint_name(self._saved))
         best = self._best.found
         if best is not None and best["step"] == self._saved:
-            self._folder.event(
-                self._saved, "best", f"{checkpoint_name(self._saved)}: {best['figure']} = {best['value']:.4f}", **best
-            )
+            figure, value = best["figure"], best["value"]
+            line = f"{checkpoint_name(self._saved)}: {figure} = {value:.4f}"
+            self._folder.event(self._saved, "best", line, figure=figure, value=value)
             self._folder.note(best=best)
 
     def _say(self, kind: str, message: str, **more: Any) -> None:

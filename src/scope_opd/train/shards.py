@@ -165,6 +165,21 @@ class Shards:
         restore_rng_state({name.removeprefix(prefix): state for name, state in rng.items()})
 
 
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Overwrite a whole model's trained weights with those of a checkpoint, whoever wrote it, tensor by tensor.
+
+    Raises:
+        ValueError: names, shapes or dtypes differ. Nothing was overwritten.
+    """
+    reader = FileSystemReader(folder)
+    metadata = reader.read_metadata()
+    weights = {f"{WEIGHTS}{name}": tensor for name, tensor in trained_weights(model).items()}
+    saved = metadata.state_dict_metadata
+    _refuse_others(weights, {name: about for name, about in saved.items() if name.startswith(WEIGHTS)})
+    with torch.no_grad():
+        read_tensors(reader, metadata, weights)
+
+
 class _Planner(DefaultSavePlanner):
     """Plans a save of a flat dict, and hands out copies of what it held when ``copy`` was called."""
 
