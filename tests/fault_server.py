@@ -56,6 +56,16 @@ class Table:
             self.known[key] = rows[:-1].gather(-1, ids[0, 1:, None])[:, 0].tolist()
         return self.known[key]
 
+    def likeliest(self, token_ids: Sequence[int], k: int) -> list[dict[int, float]]:
+        """The k likeliest ids in the places of tokens 1, 2, ..., and the token itself, with their log-probs."""
+        with torch.no_grad():
+            rows = self.model(input_ids=torch.tensor([tuple(token_ids)])).logits[0, :-1].log_softmax(-1)
+        found = []
+        for row, token in zip(rows, token_ids[1:], strict=True):
+            ids = {*row.topk(k).indices.tolist(), int(token)}
+            found.append({index: float(row[index]) for index in ids})
+        return found
+
     def response(self, rollout: Rollout) -> list[float]:
         """What a teacher must say of a rollout."""
         tokens = (*rollout.prompt_token_ids, *rollout.token_ids)
@@ -105,7 +115,7 @@ class FaultServer:
         self.in_flight = self.most_in_flight = 0
         self.tls = tls
         self.delay_s = 0.0
-        self.context = CONTEXT
+        self.context, self.max_likeliest = CONTEXT, 64
         self.redirect: str | None = None
         self._loop = asyncio.new_event_loop()
         self._connections: set[asyncio.StreamWriter] = set()
@@ -204,6 +214,8 @@ class FaultServer:
             return await self._error(writer, 400, f"This model's maximum context length is {self.context} tokens.")
         if max(ids) >= VOCABULARY:
             return await self._error(writer, 400, f"Token id {max(ids)} is out of vocabulary")
+        if request.get("prompt_logprobs", 0) > self.max_likeliest:
+            return await self._error(writer, 400, f"Requested prompt logprobs exceed max_logprobs {self.max_likeliest}")
         self.seen[tuple(ids)] += 1
         self.bodies.append(request)
         del self.bodies[:-100]
@@ -273,6 +285,12 @@ class FaultServer:
         rows: list[Any] = [None]
         for index, value in zip(ids[1:], self.table.logprobs(ids), strict=True):
             rows.append({str(index): {"logprob": value, "rank": 5, "decoded_token": "x"}})
+        if request.get("prompt_logprobs"):
+            for at, row in enumerate(self.table.likeliest(ids, request["prompt_logprobs"]), start=1):
+                mine = rows[at][str(ids[at])]
+                entries = [(str(index), {"logprob": value, "rank": 9}) for index, value in row.items()]
+                self._random.shuffle(entries)
+                rows[at] = {**dict(entries), str(ids[at]): mine}
         place = self._random.randrange(1, len(rows)) if fault not in FAULTS else len(rows) - 1
         token = str(ids[place])
         if fault == "wrong_length":

@@ -41,6 +41,7 @@ def teacher_of(
     ledger: Path | None = None,
     fingerprint: Sequence[int] = FINGERPRINT,
     references: dict[tuple[str, str], list[float]] | None = None,
+    top_k: int = 0,
     **options: Any,
 ) -> Iterator[PoolTeacher]:
     """An open teacher; closed at the end, whatever happens."""
@@ -51,6 +52,7 @@ def teacher_of(
         pool=PoolSettings(**{**QUICK, **(pool or {})}),
         ledger=Ledger(ledger),
         references=references,
+        top_k=top_k,
     )
     teacher = PoolTeacher(servers, **options)
     try:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from scope_opd.errors import DataError
 from scope_opd.records import dumps, iter_jsonl, rollout_from_dict, rollout_to_dict, rollout_to_json, write_jsonl
-from scope_opd.types import Rollout
+from scope_opd.types import Rollout, TopK
 
 LAW = settings(max_examples=60, deadline=None, derandomize=True)
 GOOD: dict[str, Any] = {
@@ -25,6 +25,7 @@ GOOD: dict[str, Any] = {
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 logprobs = st.floats(max_value=0.0, allow_nan=False, allow_infinity=False)
 finite = st.floats(allow_nan=False, allow_infinity=False)
+likely = st.tuples(st.integers(0, 2**31 - 1), st.floats(-1e6, 0.0, width=32))
 
 
 @st.composite
@@ -43,7 +44,7 @@ def full_rollouts(draw: st.DrawFn) -> Rollout:
         distill=draw(st.none() | finite), masked=draw(st.booleans()), mask_reason=draw(st.none() | texts),
         loss_mask=draw(st.none() | st.lists(st.integers(0, 1), min_size=n, max_size=n)),
         sampling=draw(st.dictionaries(texts, finite | st.integers(0, 9) | texts, max_size=2)),
-        teacher_topk=draw(st.none() | st.lists(st.dictionaries(texts, logprobs, max_size=2), min_size=n, max_size=n)),
+        teacher_topk=draw(st.none() | st.lists(st.lists(likely, max_size=3), min_size=n, max_size=n).map(TopK.of)),
         policy_versions=draw(st.none() | st.just([[0, n, 3]])),
     )  # fmt: skip
 
@@ -186,8 +187,21 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"sample": -1}, "sample = -1"),
     ({"policy_version": 1.0}, "policy_version = 1.0"),
     ({"sampling": []}, r"sampling = \[\]; expected an object"),
-    ({"teacher_topk": [1, 2]}, "expected a list of objects"),
-    ({"teacher_topk": [{}]}, "1 teacher_topk and 2 logprobs"),
+    *(
+        ({"teacher_topk": [row, []]}, r"expected lists of \[id, log-prob\] pairs")
+        for row in (
+            1,
+            [1],
+            [[1]],
+            [[1, -1.0, 2]],
+            [[-1, -1.0]],
+            [[2**31, -1.0]],
+            [[1.0, -1.0]],
+            [[1, 0.1]],
+            [[1, -1e39]],
+        )
+    ),
+    ({"teacher_topk": [[]]}, "1 teacher_topk and 2 logprobs"),
     ({"policy_versions": [1]}, "expected a list of lists"),
     ({"reinforce": "1"}, "reinforce = '1'"),
     ({"distill": math.nan}, "distill = nan"),

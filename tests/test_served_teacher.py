@@ -92,6 +92,21 @@ def test_a_run_with_servers_is_the_run_with_that_teacher_in_process(
     assert sum("id" in row for row in ledger) == sum(row["teacher/scored_rollouts"] for row in rows)
 
 
+@pytest.mark.parametrize("kind", ["topk_reverse_kl", "topk_forward_kl"])
+def test_a_run_with_the_rows_of_servers_is_the_run_with_that_teachers_own(
+    kind: str, pair: Path, table: Table, tmp_path: Path
+) -> None:
+    more = (f"objective.distill={kind}", "objective.topk=16", "train.steps=2")
+    expected = run(configured(pair, tmp_path / "local", *more))
+    with FaultServer(table) as server:
+        rows = run(configured(pair, tmp_path / "run", *served(server.url), *more))
+        assert {body["prompt_logprobs"] for body in server.bodies} == {16}
+    assert nearly(rows, lasting(expected))
+    logged = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    assert any(row["teacher_logprobs"] for row in logged)
+    assert not any(row["teacher_topk"] for row in logged)  # many times the rest
+
+
 def test_random_faults_leave_the_loss_as_it_is(
     pair: Path, table: Table, in_process: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -219,7 +234,13 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "route_by alone": (["teacher.route_by=source"], "without teacher.routes"),
     "routes alone": (['teacher.routes.a={base_urls = "http://h", model = "m"}'], "without teacher.route_by"),
     "route without urls": (["teacher.route_by=x", 'teacher.routes.a={model = "m"}'], "no base_urls"),
-    "full_kl": (['teacher.base_urls=["http://h/v1"]', "teacher.model=t", "objective.distill=full_kl"], "in process"),
+    **{
+        kind: (
+            ['teacher.base_urls=["http://h/v1"]', "teacher.model=t", f"objective.distill={kind}"],
+            "'topk_reverse_kl'",
+        )
+        for kind in ("full_kl", "jsd")
+    },
 }
 
 

@@ -21,7 +21,7 @@ from scope_opd.errors import ConfigError
 from scope_opd.serving import vllm
 from scope_opd.serving.faults import BadAnswer, retry_after_s
 from scope_opd.serving.secrets import BearerAuth, Secret, load_secret, redact
-from scope_opd.types import SamplingParams
+from scope_opd.types import SamplingParams, TopK
 
 KEY = "sk-abcdefgh-12345678"
 
@@ -181,11 +181,30 @@ def test_top_k_keeps_the_likeliest_whatever_their_order() -> None:
     for order in (list(row), list(row)[::-1]):
         choice = {"prompt_token_ids": [5, 6], "prompt_logprobs": [None, {key: row[key] for key in order}]}
         found = parsed({"choices": [choice]}, request)
-        assert found.top == [{3: -1.0, 6: -4.0}]
+        assert found.top == TopK.of([[(3, -1.0), (6, -4.0)]])
         assert found.logprobs == [-4.0]
-    logits = {"9": {"logprob": -0.1}, "6": {"logprob": -0.1}, "3": {"logprob": -0.2}}
-    with pytest.raises(BadAnswer, match="add up to more than 1"):
-        parsed({"choices": [{"prompt_token_ids": [5, 6], "prompt_logprobs": [None, logits]}]}, request)
+    none = {"6": {"logprob": -4.0}, "7": {"logprob": -9999.0}}
+    found = parsed({"choices": [{"prompt_token_ids": [5, 6], "prompt_logprobs": [None, none]}]}, request)
+    assert found.top == TopK.of([[(6, -4.0)]])  # what has no mass is no entry
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"9": {"logprob": -0.1}, "6": {"logprob": -0.1}, "3": {"logprob": -0.2}}, "add up to more than 1"),
+        ({"6": {"logprob": -4.0}}, "1 entries at 1 where top_k is 2"),
+        ({"6": {"logprob": -4.0}, "-3": {"logprob": -1.0}}, "no token id"),
+        ({"6": {"logprob": -4.0}, "2147483648": {"logprob": -1.0}}, "no token id"),
+        ({"6": {"logprob": -4.0}, "9" * 5000: {"logprob": -1.0}}, "no token id"),
+        ({"6": {"logprob": -4.0}, "3": {"logprob": 0.5}}, "log-prob 0.5"),
+        ({"6": {"logprob": -4.0}, "3": {"logprob": None}}, "log-prob None"),
+        ({"3": {"logprob": -4.0}, "4": {"logprob": -1.0}}, "is not among those"),
+    ],
+)  # fmt: skip
+def test_a_row_of_likeliest_tokens_that_cannot_be_one_is_a_bad_answer(row: dict[str, Any], message: str) -> None:
+    request = vllm.ScoreRequest((5, 6), 1, top_k=2)
+    with pytest.raises(BadAnswer, match=message):
+        parsed({"choices": [{"prompt_token_ids": [5, 6], "prompt_logprobs": [None, row]}]}, request)
 
 
 BAD: dict[str, Any] = {

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ import pytest
 import torch
 
 from scope_opd.pipeline import StageStats
-from scope_opd.teacher.local import LocalTeacher
 from scope_opd.train.batch import Batch, make_batch
 from scope_opd.train.engines import Engines
 from scope_opd.train.metrics import step_metrics
@@ -91,66 +88,6 @@ def test_the_sampler_correction_compares_at_the_temperature_that_sampled() -> No
     figures = learner.update(batch, 0.0).tokens
     assert figures.mismatch.abs().max() < 1e-5  # on policy: mu is the trainer's own policy at T
     assert not figures.capped.any()
-
-
-@pytest.mark.parametrize(
-    "common", [None, tuple(range(300)), (0, 3, *range(40, 290), 325, 400)], ids=["all", "prefix", "scattered"]
-)
-def test_full_kl_is_the_exact_divergence_over_the_common_ids(common: tuple[int, ...] | None) -> None:
-    """Off policy: each token's divergence is multiplied by its correction, half of them above and half below 1."""
-    teacher = tiny_model("qwen3", seed=2, vocab_size=330, dtype=torch.float64)
-    engines, _, rollouts, _ = prepare(
-        objective={"distill": "full_kl"}, engines={"teacher_head": LocalTeacher(teacher, temperature=TEMPERATURE)}
-    )  # fmt: skip
-    off_policy(rollouts)
-    batch = make_batch(rollouts, aggregation="token", max_tokens=256)
-    engines.surrogate = dataclasses.replace(engines.surrogate, common_vocabulary=common)
-    learner = Learner(engines, make_config(Path("unused")).train)
-    width = engines.model.get_input_embeddings().weight.shape[0]
-    ids = torch.tensor([i for i in common if i < width] if common else range(width))
-
-    def term(r: Rollout, student: torch.Tensor, sampling: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            log_q = (naive_logits(teacher, r)[:, ids] / TEMPERATURE).log_softmax(-1)
-            correction = (sampling - recorded(r.logprobs)).exp().clamp(max=2.0)
-        log_p = (logits[:, ids] / TEMPERATURE).log_softmax(-1)
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-        return (correction * (r.distill * kl - r.reinforce * student)).sum()  # type: ignore[operator]
-
-    assert distance(learner.gradient(batch)[1], naive_gradient(engines, rollouts, term)) < 1e-10
-    figures = learner.update(batch, 0.0).tokens
-    assert math.isfinite(float(figures.advantage.sum()))
-    assert figures.mismatch.abs().min() > 0.2
-
-
-def test_full_kl_without_an_id_in_both_heads_is_refused() -> None:
-    engines, _, _, batch = prepare(objective={"distill": "full_kl"})
-    for ids in ((), (5_000, 5_001)):
-        engines.surrogate = dataclasses.replace(engines.surrogate, common_vocabulary=ids)
-        with pytest.raises(ValueError, match="common_vocabulary has no id below"):
-            Learner(engines, make_config(Path("unused")).train).gradient(batch)
-
-
-def test_full_kl_asks_the_teacher_for_logits_a_chunk_at_a_time_outside_autocast(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    _, learner, _, batch = prepare(objective={"distill": "full_kl"})
-    expected, asked = learner.gradient(batch)[1], []
-    head = learner.forward.teacher_head
-    assert isinstance(head, LocalTeacher)
-    project = head.project
-
-    def counted(hidden: torch.Tensor) -> torch.Tensor:
-        asked.append((len(hidden), torch.is_autocast_enabled("cpu")))
-        return project(hidden)
-
-    monkeypatch.setattr(head, "project", counted)
-    monkeypatch.setattr("scope_opd.models.head.CHUNK_LOGITS", 5 * learner.forward.view.vocabulary)
-    assert distance(learner.gradient(batch)[1], expected) < 1e-12
-    assert max(size for size, _ in asked) == 5
-    learner.forward.autocast = True
-    learner.gradient(batch)
-    assert not any(cast for _, cast in asked)
 
 
 def test_reference_kl_adds_its_k3_gradient_over_the_unmasked_tokens() -> None:

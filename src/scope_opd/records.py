@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from scope_opd.errors import DataError
-from scope_opd.types import Rollout
+from scope_opd.types import Rollout, TopK
 
 _FIELDS = {field.name for field in dataclasses.fields(Rollout)}
 _REQUIRED = ("id", "group", "prompt_token_ids", "token_ids", "logprobs")
@@ -34,7 +34,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "sample": ("an integer >= 0", lambda value: type(value) is int and value >= 0),
     "step": ("an integer >= 0", lambda value: type(value) is int and value >= 0),
     "sampling": ("an object", lambda value: isinstance(value, dict)),
-    "teacher_topk": ("a list of objects", lambda value: _is_list_of(value, dict)),
+    "teacher_topk": ("lists of [id, log-prob] pairs", lambda value: _is_topk(value)),
     "policy_versions": ("a list of lists", lambda value: _is_list_of(value, list)),
     "loss_mask": ("a list of 0 and 1", lambda value: _is_mask(value)),
     "teacher_mask": ("a list of 0 and 1", lambda value: _is_mask(value)),
@@ -51,8 +51,11 @@ def dumps(value: Any) -> str:
 
 
 def rollout_to_dict(rollout: Rollout) -> dict[str, Any]:
-    """All fields of the record; floats keep full precision."""
-    return {name: getattr(rollout, name) for name in rollout.__slots__}
+    """All fields of the record; floats keep full precision. ``teacher_topk`` is [id, log-prob] pairs a token."""
+    values = {name: getattr(rollout, name) for name in rollout.__slots__}
+    if rollout.teacher_topk is not None:
+        values["teacher_topk"] = [[list(pair) for pair in row] for row in rollout.teacher_topk]
+    return values
 
 
 def rollout_to_json(rollout: Rollout) -> str:
@@ -95,6 +98,8 @@ def rollout_from_dict(row: dict[str, Any], *, where: str, required: Iterable[str
         if row.get(key) is not None and len(values[key]) != length:
             raise DataError(f"{name}: {len(values[key])} {key} and {length} logprobs", "one of each a response token",
                             "score the same tokens")  # fmt: skip
+    if "teacher_topk" in values:
+        values["teacher_topk"] = TopK.of([[(index, value) for index, value in row] for row in values["teacher_topk"]])
     return Rollout(**values)
 
 
@@ -194,6 +199,15 @@ def _is_list_of(value: Any, kind: type) -> bool:
 
 def _is_mask(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item in (0, 1) for item in value)
+
+
+def _is_topk(value: Any) -> bool:
+    def holds(pair: Any) -> bool:
+        if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) is not int or not _is_number(pair[1]):
+            return False
+        return 0 <= pair[0] < 2**31 and -1e38 < pair[1] <= _SLACK  # they are kept in 32 bits
+
+    return _is_list_of(value, list) and all(holds(pair) for row in value for pair in row)
 
 
 def _short(value: Any) -> str:

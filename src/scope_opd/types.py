@@ -7,7 +7,8 @@ logarithms.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from array import array
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -58,6 +59,41 @@ class SamplingParams:
     repetition_penalty: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """A teacher's likeliest tokens at each response token: T rows of ``k``, one after the other.
+
+    Attributes:
+        k: entries of a row, at least 1.
+        ids: I32[T k], likeliest first; -1 where a row has fewer.
+        logprobs: F32[T k], <= 0; -inf where the id is -1.
+    """
+
+    k: int
+    ids: array[int]
+    logprobs: array[float]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[tuple[int, float]]]) -> TopK:
+        """From (id, log-prob) pairs a row; shorter rows are filled up."""
+        k = max((len(row) for row in rows), default=0) or 1
+        whole = [[*row, *[(-1, float("-inf"))] * (k - len(row))] for row in rows]
+        return cls(
+            k,
+            array("i", [index for row in whole for index, _ in row]),
+            array("f", [value for row in whole for _, value in row]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids) // self.k
+
+    def __iter__(self) -> Iterator[list[tuple[int, float]]]:
+        """The rows, without what fills them up."""
+        for start in range(0, len(self.ids), self.k):
+            row = slice(start, start + self.k)
+            yield [pair for pair in zip(self.ids[row], self.logprobs[row], strict=True) if pair[0] >= 0]
+
+
 @dataclass(slots=True)
 class Rollout:
     """One sampled response and everything learnt about it: the record of training, dumps, evaluation and commands.
@@ -81,7 +117,8 @@ class Rollout:
         teacher_mask: one 0/1 for each response token, 0 where the teacher's log-prob is not to be used (an end token
             that it does not know as one); NLL_T and the distillation term leave those out. None means all ones.
         sampling: temperature, seed and whatever else describes the draw.
-        teacher_topk: optional top-k rows of the teacher, one for each response token.
+        teacher_topk: the likeliest tokens of a teacher behind servers, a row for each response token, where
+            ``objective.distill`` asks for them. A run's rollouts.jsonl leaves them out.
         policy_versions: spans ``[first_token, last_token_exclusive, version]`` of a rollout that servers sampled; more
             than one where weights changed in flight. ``policy_version`` is the first one's.
     """
@@ -107,7 +144,7 @@ class Rollout:
     loss_mask: list[int] | None = None
     teacher_mask: list[int] | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
-    teacher_topk: list[dict[str, float]] | None = None
+    teacher_topk: TopK | None = None
     policy_versions: list[list[int]] | None = None
 
 
@@ -137,12 +174,14 @@ class TeacherScore:
         floored: how many tokens were raised to the floor.
         tries: requests that it took a server; 0 in process.
         mask: see ``Rollout.teacher_mask``.
+        topk: see ``Rollout.teacher_topk``.
     """
 
     logprobs: list[float] | None
     floored: int = 0
     tries: int = 0
     mask: list[int] | None = None
+    topk: TopK | None = None
 
 
 @runtime_checkable

@@ -6,7 +6,7 @@ Not covered: speed, what several requests at once do to a server, weights in fli
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +53,7 @@ class Place:
         temperature: at which it samples for the run, None where it only scores.
         folder: of the weights that it should serve, None where that is not known.
         scored: its log-probs of the fixed text, once they are known.
+        top_k: likeliest tokens that the run asks it for in each place.
     """
 
     role: Literal["teacher", "sampler"]
@@ -66,6 +67,7 @@ class Place:
     temperature: float | None
     folder: str | None
     scored: list[float] | None = None
+    top_k: int = 0
 
     @property
     def url(self) -> str:
@@ -188,8 +190,9 @@ async def _development_routes(place: Place) -> Finding | None:
 
 async def _prompt_logprobs(place: Place, fixed: ScoreRequest) -> Finding:
     """The run's scoring requests, or those of the probe after a sync, on the fixed text."""
-    place.scored = await score(place, fixed)
-    return finding_of(place, "log-probs", "ok", f"scores a text of {len(fixed.token_ids)} tokens")
+    place.scored = await score(place, replace(fixed, top_k=place.top_k))
+    likeliest = f", with the {place.top_k} likeliest in each place" if place.top_k else ""
+    return finding_of(place, "log-probs", "ok", f"scores a text of {len(fixed.token_ids)} tokens{likeliest}")
 
 
 async def _mode(place: Place, fixed: ScoreRequest, temperature: float) -> Finding:
@@ -261,7 +264,9 @@ def _remedy(place: Place, message: str) -> str:
     """What to do about a refusal, from what the server says."""
     said = message.lower()
     if "logprobs" in said:
-        return f"start it with a larger --max-logprobs ({_starts(place)} does)"
+        asked = f"--max-logprobs {place.top_k}" if place.top_k else "a larger --max-logprobs"
+        lower = ", or lower objective.topk" if place.top_k else ""
+        return f"start it with {asked} ({_starts(place)} does){lower}"
     if "context" in said:
         return "start it with a larger --max-model-len"
     if "vocabulary" in said:

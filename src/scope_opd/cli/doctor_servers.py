@@ -70,6 +70,7 @@ class Visit:
         teacher_tokens, sampler_tokens: see ``Place.tokens``.
         teacher_samples: the temperature at which teachers sample for the run; None where they score.
         teacher_folder: see ``Place.folder``; known only where there is one teacher.
+        teacher_top_k: see ``Place.top_k``.
 
     Attributes:
         places: every server whose key could be read.
@@ -86,7 +87,9 @@ class Visit:
         with_teacher: bool = True,
         teacher_samples: float | None = None,
         teacher_folder: str | None = None,
+        teacher_top_k: int = 0,
     ) -> None:
+        self._teacher_top_k = teacher_top_k
         self.config, self.fixed = config, ScoreRequest(tuple(fixed), 1)
         self.places: list[Place] = []
         self.findings: list[Finding] = []
@@ -185,7 +188,7 @@ class Visit:
             self.places.append(
                 Place(
                     role, label, route, endpoint, pool, source, shared.allow_unprotected_routes, tokens, temperature,
-                    folder,
+                    folder, top_k=self._teacher_top_k if role == "teacher" else 0,
                 )
             )  # fmt: skip
 
@@ -203,10 +206,11 @@ def visit_servers(config: Config, seen: Seen) -> Iterator[Finding]:
     """
     from scope_opd.cli import inputs, servers
 
-    fixed, tokenizer = list(range(1, 9)), None
+    fixed, tokenizer, top_k = list(range(1, 9)), None, 0
     try:
         tokenizer = inputs.student_tokenizer(config)
         fixed = servers.fixed_tokens(tokenizer)[:64]
+        top_k = servers.likeliest_tokens(config, tokenizer)
     except ScopeError:
         pass  # said already; what a server can be asked without it is asked
     with_teacher, samples = True, None
@@ -226,6 +230,7 @@ def visit_servers(config: Config, seen: Seen) -> Iterator[Finding]:
         with_teacher=with_teacher,
         teacher_samples=samples,
         teacher_folder=folder,
+        teacher_top_k=top_k,
     )
     with visit:
         yield from visit.examine()

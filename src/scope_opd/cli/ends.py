@@ -81,10 +81,11 @@ def judge_ends(
             "objective.end_token to 'map' or 'exclude'"
         )
         return Finding(subject, "warn", found, remedy), None
-    if rule == "map" and config.objective.distill == "full_kl":
+    if rule == "map" and config.objective.distill != "sampled":
         return Finding(
-            subject, "FAIL", f"{found}; objective.end_token = 'map' with objective.distill = 'full_kl'",
-            "use 'exclude' or 'score': an exact KL compares whole distributions, in which no drawn token is replaced",
+            subject, "FAIL",
+            f"{found}; objective.end_token = 'map' with objective.distill = {config.objective.distill!r}",
+            "use 'exclude' or 'score': a divergence compares whole distributions, in which no drawn token is replaced",
         ), None  # fmt: skip
     done = f"{named} is scored as {_named([own], theirs)}" if rule == "map" else f"the teacher does not judge {named}"
     finding = Finding(subject, "ok", f"{found}: {done} (objective.end_token = {rule!r})")

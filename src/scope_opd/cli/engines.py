@@ -185,6 +185,8 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
         sampler = LocalSampler(student, tokenizer, max_rows=config.rollout.max_rows, autocast=autocast)
     scorer: Teacher | None = None
     common = None
+    if theirs is not None and config.objective.distill != "sampled":
+        common = checks.common_vocabulary(tokenizer, theirs)
     if served is not None:
         finding, judged = judge_ends(config, ends, served_ends(config, theirs), tokenizer, theirs)
         if theirs is not None or finding.level == "FAIL":  # else it was said already that its tokenizer is not known
@@ -197,8 +199,6 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
             sampling = replace(sampling, temperature=temperature)
     elif with_teacher:
         assert theirs is not None
-        if config.objective.distill == "full_kl":
-            common = checks.common_vocabulary(tokenizer, theirs)
         teacher = load_teacher(config, device)
         fingerprints["teacher"] = {"weights": weights_digest(teacher)}
         teacher_ends = end_token_ids(teacher, theirs)
@@ -242,7 +242,7 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
         schedule=schedule,
         sampling=sampling,
         surrogate=surrogate_settings(config, method, sampling, common),
-        teacher_head=scorer if isinstance(scorer, LocalTeacher) and config.objective.distill == "full_kl" else None,
+        teacher_head=scorer if isinstance(scorer, LocalTeacher) and config.objective.distill != "sampled" else None,
         reference=frozen_reference(config, student, autocast) if config.objective.reference_kl > 0 else None,
         evaluator=evaluator,
         weights_use_tau=paths_weighted_by_perplexity(method),
@@ -311,6 +311,7 @@ def surrogate_settings(
         student_temperature=student_temperature(config),
         sampled_by=method.sampled_by,
         distill=objective.distill,
+        topk=objective.topk,
         reference_kl=objective.reference_kl,
         common_vocabulary=common_vocabulary,
     )

@@ -118,9 +118,9 @@ def build_configured_method(config: Config) -> Method:
             f"n >= {method.smallest_group}, since it compares the rollouts of a group",
             "raise rollout.n",
         )
-    if objective.distill == "full_kl" and not (method.needs_teacher(True) or method.needs_teacher(False)):
+    if objective.distill != "sampled" and not (method.needs_teacher(True) or method.needs_teacher(False)):
         raise ConfigError(
-            f"objective.distill = 'full_kl' with objective.method = {objective.method!r}",
+            f"objective.distill = {objective.distill!r} with objective.method = {objective.method!r}",
             "a method that distils",
             "use 'sampled', or scope, dual_path, opd or reward_opd",
         )

@@ -96,8 +96,10 @@ def plan(config: Config, machine: Machine, *, mean_response: int | None = None) 
         found.shapes["teacher"] = shape_of(teacher)
     if method.sampled_by == "teacher":
         found.warnings.append(f"objective.method = {config.objective.method!r}: sampling by the teacher is not planned")
-    if config.objective.distill == "full_kl":
-        found.warnings.append("objective.distill = 'full_kl': the teacher's logits in the update are not planned")
+    if config.objective.distill != "sampled":
+        found.warnings.append(
+            f"objective.distill = {config.objective.distill!r}: the teacher's part in the update is not planned"
+        )
     if (config.model.attn_implementation or "sdpa") == "eager":
         found.warnings.append("model.attn_implementation = 'eager' keeps attention scores, which are not planned")
     local = teacher is not None and not config.teacher.served

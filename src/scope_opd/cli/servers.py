@@ -78,7 +78,13 @@ def open_servers(config: Config, tokenizer: PreTrainedTokenizerBase) -> Servers:
         tolerance=teacher.fingerprint_tolerance,
         ledger=Ledger(ledger),
         references=first_fingerprints(ledger),
+        top_k=likeliest_tokens(config, tokenizer),
     )
+
+
+def likeliest_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many of a teacher's likeliest tokens to ask for in each place: more than there are would end a server."""
+    return min(config.objective.teacher_topk, len(tokenizer))
 
 
 def fixed_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -45,10 +45,11 @@ class Config(Table):
                     f"rollout.{name} = {value}; expected {neutral}: a cut or penalised distribution has no simple "
                     f"importance ratio; remove it from [rollout] (it is allowed in [eval])"
                 )
-        if self.teacher.served and self.objective.distill == "full_kl":
+        if self.teacher.served and self.objective.distill in ("full_kl", "jsd"):
             raise ValueError(
-                "objective.distill = 'full_kl' with a teacher behind servers; expected 'sampled', since servers give "
-                "no logits; load the teacher in process (teacher.path without base_urls), or set objective.distill"
+                f"objective.distill = {self.objective.distill!r} with a teacher behind servers; expected 'sampled', "
+                "'topk_reverse_kl' or 'topk_forward_kl', since servers give no logits; set one of these, or load the "
+                "teacher in process (teacher.path without base_urls)"
             )
         self.best_figure  # noqa: B018 - raises
         return self

@@ -140,6 +140,9 @@ class ObjectiveConfig(Table):
     ``preset``: "paper", "as_released" or "as_documented" (see ``PRESETS``); None is the paper's formula with truncated
     rollouts ignored. ``aggregation``, ``clip`` and ``dual_clip`` default to what the method declares; "off" is no clip
     whatever it declares.
+    ``distill``: the distillation term: the log-ratio of the sampled token ("sampled"), or a divergence of the two
+    distributions, over all ids ("full_kl", "jsd": a teacher in process) or over the ``topk`` likeliest ids of the
+    teacher and one bucket for the rest ("topk_reverse_kl", "topk_forward_kl"); docs/method.md.
     ``end_token``: how the teacher judges the token that ends a response where its own end tokens are others: as any
     token ("score"), not at all ("exclude"), or as if the teacher's own had been drawn ("map").
     ``reward_threshold``: a rollout whose reward is at least this is correct, where a verifier gives rewards that are
@@ -155,7 +158,8 @@ class ObjectiveConfig(Table):
     truncated: Literal["ignore", "incorrect"] = "ignore"
     reward_threshold: Annotated[float, Field(allow_inf_nan=False)] = 0.5
     beta: NonNegativeFloat = 1.0
-    distill: Literal["sampled", "full_kl"] = "sampled"
+    distill: Literal["sampled", "topk_reverse_kl", "topk_forward_kl", "full_kl", "jsd"] = "sampled"
+    topk: PositiveInt = 64
     end_token: Literal["score", "exclude", "map"] = "score"
     temperature: Literal["matched", "released", "raw"] = "matched"
     aggregation: Literal["prompt", "token", "sequence", "released"] | None = None
@@ -171,6 +175,11 @@ class ObjectiveConfig(Table):
     def _apply_preset(cls, values: Any) -> Any:
         preset = values.get("preset") if isinstance(values, dict) else None
         return {**PRESETS[preset], **values} if isinstance(preset, str) and preset in PRESETS else values
+
+    @property
+    def teacher_topk(self) -> int:
+        """How many of the teacher's likeliest ids the distillation term wants of each token; 0 where it wants none."""
+        return self.topk if self.distill in ("topk_reverse_kl", "topk_forward_kl") else 0
 
 
 class TrainConfig(Table):

@@ -1,6 +1,7 @@
 """The one surrogate loss, token by token; aggregation is elsewhere.
 
-Not covered: top-k distillation, and sampling from cut distributions (no simple ratio exists; refused by the config).
+Not covered: divergences of whole distributions (``divergences``), and sampling from cut distributions (no simple ratio
+exists; refused by the config).
 """
 
 from __future__ import annotations
@@ -84,23 +85,6 @@ def surrogate(
         clipped = clipped | low
         gain = torch.where(low, floor, gain)
     return SurrogateTerms(loss=-correction * gain, advantage=advantage, clipped=clipped.detach())
-
-
-def full_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Exact KL(student || teacher) at each position, differentiable in the student.
-
-    Args:
-        student_logits, teacher_logits: [T, V] over the same ids, already divided by their temperatures.
-
-    Returns:
-        [T], >= 0, nats.
-    """
-    log_p = torch.log_softmax(student_logits, dim=-1)
-    log_q = torch.log_softmax(teacher_logits, dim=-1).detach()
-    p = log_p.exp()
-    # where() inside the product: an id that cannot be drawn has log-ratio -inf, and 0 times that has a NaN gradient.
-    log_ratio = torch.where(p > 0, log_p - log_q, torch.zeros_like(p))
-    return (p * log_ratio).sum(dim=-1)
 
 
 def reference_kl(logprobs: Tensor, reference: Tensor) -> Tensor:

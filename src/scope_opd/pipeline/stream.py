@@ -304,6 +304,7 @@ class Pipeline:
         state.stats.teacher_s += seconds
         for rollout, score in zip(rollouts, scores, strict=True):
             rollout.teacher_logprobs, rollout.teacher_mask = score.logprobs, score.mask
+            rollout.teacher_topk = score.topk
             state.stats.floored_tokens += score.floored
             state.stats.teacher_retries += max(0, score.tries - 1)
             if score.logprobs is None:

@@ -258,7 +258,8 @@ def _flags(config: Config, kind: Kind, flags: ServerFlags, served: Served, *, on
     chunk = flags.max_num_batched_tokens
     if chunk is None and kind == "teacher":
         chunk = chunk_tokens(served.vocabulary, flags.max_num_seqs)
-    words = ["--dtype", flags.dtype, "--max-model-len", str(context), "--max-logprobs", str(flags.max_logprobs)]
+    likeliest = max(flags.max_logprobs, config.objective.teacher_topk if kind == "teacher" else 0)
+    words = ["--dtype", flags.dtype, "--max-model-len", str(context), "--max-logprobs", str(likeliest)]
     # Prompt log-probs are the same either way; sampled ones are then those of the distribution that sampled.
     words += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
     if kind == "teacher":

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scope_opd.serving.faults import BadAnswer, Clipped, ForeignToken
-from scope_opd.types import SamplingParams
+from scope_opd.types import SamplingParams, TopK
 
 SLACK = 1e-3
 """Servers round: a log-prob a hair above 0 stands for 0."""
@@ -53,10 +53,10 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What came back: one log-prob a response token, and, if asked for, token id -> log-prob of the likeliest."""
+    """What came back: one log-prob a response token, and, if asked for, the likeliest tokens in its place."""
 
     logprobs: list[float]
-    top: list[dict[int, float]] | None = None
+    top: TopK | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ def parse_score(body: bytes, request: ScoreRequest) -> Scored:
         logprobs.append(_logprob(entry, place))
         if request.top_k:
             top.append(_top(row, request.top_k, place))
-    return Scored(logprobs, top if request.top_k else None)
+    return Scored(logprobs, TopK.of(top) if request.top_k else None)
 
 
 def parse_sample(body: bytes, token_ids: Sequence[int], params: SamplingParams) -> Drawn:
@@ -322,17 +322,18 @@ def _logprob(entry: Any, place: int) -> float:
     return min(number, 0.0)
 
 
-def _top(row: dict[str, Any], top_k: int, place: int) -> dict[int, float]:
+def _top(row: dict[str, Any], top_k: int, place: int) -> list[tuple[int, float]]:
+    """The likeliest first, without what has no mass."""
     if len(row) < top_k:
         raise BadAnswer(f"{len(row)} entries at {place} where top_k is {top_k}")
-    if not all(key.isascii() and key.isdigit() for key in row):
+    # Ten digits at most, and below 2^31: int() of a long text takes its time, and ids are kept in 32 bits.
+    if not all(key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < 2**31 for key in row):
         raise BadAnswer(f"a key at {place} is no token id")
     # The actual token is always there too, so that a row has top_k or top_k + 1 entries; ranks say which are the top.
-    ranked = sorted(row.items(), key=lambda item: -_number(item[1], place))
-    found = {int(key): _number(entry, place) for key, entry in ranked[:top_k]}
-    if sum(math.exp(value) for value in found.values()) > 1 + SLACK:
+    found = sorted((-_number(entry, place), int(key)) for key, entry in row.items())[:top_k]
+    if sum(math.exp(-value) for value, _ in found) > 1 + SLACK:
         raise BadAnswer(f"the probabilities at {place} add up to more than 1: these are no log-probs")
-    return found
+    return [(index, -value) for value, index in found if -value > LOWEST]
 
 
 def _number(entry: Any, place: int) -> float:

@@ -116,6 +116,16 @@ class LocalTeacher:
         """Logits / temperature of hidden states, without gradient: F32[T, V] (float64 for a float64 model)."""
         return tempered(self.view.project(hidden), self.temperature)
 
+    @property
+    def vocabulary(self) -> int:
+        """The size of its logit vectors."""
+        return self.view.vocabulary
+
+    @torch.no_grad()
+    def top(self, hidden: Tensor, k: int, excluded: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """``HeadView.top`` of hidden states at the teacher's temperature, without gradient."""
+        return self.view.top(hidden, k, self.temperature, excluded)
+
     def _can_score(self, rollout: Rollout) -> bool:
         length = len(rollout.prompt_token_ids) + len(rollout.token_ids)
         if self._context is not None and length > self._context:

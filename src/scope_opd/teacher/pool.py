@@ -2,7 +2,9 @@
 
 A rollout that no server could score before its deadline has ``logprobs=None``: it is masked and counted, never given a
 number. When more than ``max_unscored`` of a step's requests end so, the run stops before the step changes anything.
-Each score, with what it took, is a line of teacher.jsonl. Not covered: exact KL and top-k rows (they need logits).
+Each score, with what it took, is a line of teacher.jsonl. Where ``Servers.top_k`` is set a score has the likeliest
+tokens of each place besides. Not covered: divergences over the whole vocabulary (they need logits), the student's own
+likeliest tokens (vLLM's call for given ids a row needs its second model runner, which CPU builds lack).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from scope_opd.serving.route import fatal_in_a_run
 from scope_opd.serving.vllm import ScoreRequest, token_hash
 from scope_opd.teacher.ends import EndTokens
 from scope_opd.teacher.servers import Servers
-from scope_opd.types import Prompt, Rollout, TeacherScore
+from scope_opd.types import Prompt, Rollout, TeacherScore, TopK
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class Outcome:
         foreign: the reason is a token beyond the teacher's vocabulary.
         tries: requests sent.
         row: the ledger's line.
+        topk: the likeliest tokens, where they are asked for.
     """
 
     logprobs: list[float] | None
@@ -39,6 +42,7 @@ class Outcome:
     foreign: bool
     tries: int
     row: dict[str, Any]
+    topk: TopK | None = None
 
 
 @dataclass(slots=True)
@@ -146,7 +150,7 @@ class PoolTeacher:
         route = self.servers.routes[name]
         response = rollout.token_ids if self.ends is None else self.ends.scored(rollout)
         tokens = (*rollout.prompt_token_ids, *response)
-        request = ScoreRequest(tokens, len(rollout.prompt_token_ids))
+        request = ScoreRequest(tokens, len(rollout.prompt_token_ids), self.servers.top_k)
         row: dict[str, Any] = {
             "time": time.time(), "step": step.number, "id": rollout.id, "route": name, "model": route.settings.model,
             "tokens": len(tokens), "token_hash": token_hash(tokens),
@@ -168,7 +172,7 @@ class PoolTeacher:
             scored=True, endpoint=str(done.endpoint.url), attempts=done.tries, latency_s=round(done.latency_s, 6),
             faults=dict(done.faults),
         )  # fmt: skip
-        return Outcome(done.value.logprobs, None, False, done.tries, row)
+        return Outcome(done.value.logprobs, None, False, done.tries, row, done.value.top)
 
     def notes(self) -> list[str]:
         """A line for each server that went down or came back since this was last asked. From any thread."""
@@ -192,7 +196,8 @@ class PoolTeacher:
         values, mask = outcome.logprobs, None if self.ends is None else self.ends.mask(rollout)
         used = [value for value, keep in zip(values, mask or [1] * len(values), strict=True) if keep]
         floored = sum(value < self.log_prob_floor for value in used)
-        return TeacherScore([max(value, self.log_prob_floor) for value in values], floored, outcome.tries, mask)
+        raised = [max(value, self.log_prob_floor) for value in values]
+        return TeacherScore(raised, floored, outcome.tries, mask, outcome.topk)
 
     def _step_of(self, rollout: Rollout) -> _Step:
         return self._steps.get(rollout.step, self._latest)

@@ -41,6 +41,8 @@ class MicroBatch:
         reinforce, distill: F64[T], the coefficients with the step's denominators folded in; ``distill`` is 0 where the
             teacher does not judge the token (``Rollout.teacher_mask``).
         credit_reinforce, credit_distill: F64[T], the method's own numbers; the latter likewise.
+        teacher_ids, teacher_id_logprobs: I[T, K], F64[T, K], the likeliest tokens of a teacher behind servers
+            (``Rollout.teacher_topk``; -1 and -inf where there is none); None where no rollout has any.
     """
 
     rows: Rows
@@ -53,6 +55,8 @@ class MicroBatch:
     distill: Tensor
     credit_reinforce: Tensor
     credit_distill: Tensor
+    teacher_ids: Tensor | None = None
+    teacher_id_logprobs: Tensor | None = None
 
     @property
     def cells(self) -> int:
@@ -75,7 +79,7 @@ class MicroBatch:
         def move(part: Any) -> Any:
             if isinstance(part, Tensor) and part.is_floating_point():
                 return part.to(device, dtype)
-            return part.to(device)
+            return None if part is None else part.to(device)
 
         return MicroBatch(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
 
@@ -284,6 +288,7 @@ def _micro_batch(
     teacher = [value for rollout in chosen for value in (rollout.teacher_logprobs or [0.0] * len(rollout.token_ids))]
     judged = [flag for rollout in chosen for flag in (rollout.teacher_mask or [1] * len(rollout.token_ids))]
     taught = torch.tensor(judged, dtype=torch.float64)[kept]
+    likeliest = _likeliest(chosen, sizes)
     credit = torch.tensor([[rollout.reinforce, rollout.distill] for rollout in rollouts], dtype=torch.float64)
     return MicroBatch(
         # An empty micro-batch is a row of one token, so that it goes through the model as any other does.
@@ -297,4 +302,25 @@ def _micro_batch(
         distill=distill[owner] * taught,
         credit_reinforce=credit[owner, 0],
         credit_distill=credit[owner, 1] * taught,
+        teacher_ids=None if likeliest is None else likeliest[0][kept],
+        teacher_id_logprobs=None if likeliest is None else likeliest[1][kept],
     )
+
+
+def _likeliest(rollouts: Sequence[Rollout], sizes: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+    """``Rollout.teacher_topk`` of all response tokens, as ids and log-probs [T, K]; None where there are none."""
+    width = max((rollout.teacher_topk.k for rollout in rollouts if rollout.teacher_topk is not None), default=0)
+    if not width:
+        return None
+    ids = torch.full((sum(sizes), width), -1, dtype=torch.long)
+    logprobs = torch.full((sum(sizes), width), -torch.inf, dtype=torch.float64)
+    start = 0
+    for rollout, size in zip(rollouts, sizes, strict=True):
+        rows = rollout.teacher_topk
+        if rows is not None and size:
+            ids[start : start + size, : rows.k] = torch.frombuffer(rows.ids, dtype=torch.int32).view(size, rows.k)
+            logprobs[start : start + size, : rows.k] = torch.frombuffer(rows.logprobs, dtype=torch.float32).view(
+                size, rows.k
+            )
+        start += size
+    return ids, logprobs

@@ -61,10 +61,14 @@ class TokenFunction(Protocol):
 
 
 class TeacherHead(Protocol):
-    """An in-process teacher whose logits are wanted in full, a chunk of tokens at a time.
+    """An in-process teacher whose distributions are wanted, a chunk of tokens at a time.
 
     Computes without gradient and in the teacher's own dtype: it is called outside the student's autocast.
+    ``vocabulary``: the size of its logit vectors.
     """
+
+    @property
+    def vocabulary(self) -> int: ...
 
     def response_hidden(self, rows: TokenRows, positions: Tensor) -> Tensor:
         """[T, H] at the places that predict the tokens at ``positions``; arguments as for ``TokenFunction``."""
@@ -72,6 +76,10 @@ class TeacherHead(Protocol):
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits / temperature, [c, V], of some of those hidden states."""
+        ...
+
+    def top(self, hidden: Tensor, k: int, excluded: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The k likeliest ids [c, k], their log-probs and the log-mass of all others [c]; see ``HeadView.top``."""
         ...
 
 
@@ -92,10 +100,12 @@ class SurrogateSettings:
         student_temperature: the temperature of the student's log-probs in the objective: the sampling temperature for
             the conventions ``matched`` and ``released``, 1 for ``raw``.
         sampled_by: "student", or "teacher" (kd): then c = 1 and rho = 1 in value.
-        distill: "sampled", or "full_kl" (needs ``Engines.teacher_head``).
+        distill: the distillation term: "sampled", or a divergence (``distillation``). "full_kl" and "jsd" need
+            ``Engines.teacher_head``; the others use it where it is there, and else ``Rollout.teacher_topk``.
+        topk: ids of the teacher's that the top-k kinds look at.
         reference_kl: coefficient of the k3 estimate of KL(student || reference); > 0 needs ``Engines.reference``.
-        common_vocabulary: the ids that mean the same to student and teacher; full_kl renormalises both over those of
-            them that both heads have. None: all ids of the smaller head.
+        common_vocabulary: the ids that mean the same to student and teacher; a divergence is over those of them that
+            both heads have, both sides renormalised. None: all ids of the smaller head.
     """
 
     aggregation: Aggregation = "prompt"
@@ -105,7 +115,8 @@ class SurrogateSettings:
     sampling_temperature: float = 1.0
     student_temperature: float = 1.0
     sampled_by: Literal["student", "teacher"] = "student"
-    distill: Literal["sampled", "full_kl"] = "sampled"
+    distill: Literal["sampled", "topk_reverse_kl", "topk_forward_kl", "full_kl", "jsd"] = "sampled"
+    topk: int = 64
     reference_kl: float = 0.0
     common_vocabulary: Sequence[int] | None = None
 
@@ -164,7 +175,7 @@ class Engines:
         schedule: prompts of each step.
         sampling: how responses are drawn.
         surrogate: aggregation, clips, temperatures.
-        teacher_head: the in-process teacher, for ``distill = "full_kl"``.
+        teacher_head: the in-process teacher, for every ``distill`` but "sampled".
         reference: log-probs F[T] of a frozen reference at the objective's student temperature, for
             ``reference_kl`` > 0.
         evaluator: called with (step, policy_version) where ``[eval]`` says so; returns rows for eval.jsonl (each gets

@@ -4,8 +4,8 @@
 
 with rho_t = pi_theta / pi_old and c_t = min(pi_old / mu, C). pi_old is the detached current policy when a step is one
 optimiser step, and a recorded pass over all its rollouts before the first otherwise. c compares trainer and sampler at
-the temperature that sampled, whatever temperature the objective uses. Under ``full_kl`` the distillation term is
-+ distill sg(c_t) KL_t.
+the temperature that sampled, whatever temperature the objective uses. Unless ``distill`` is "sampled" the distillation
+term is + distill sg(c_t) D_t (``distillation``).
 
 It is one module around the student, so that sharded weights are whole from the embeddings to the head while it runs.
 Precision: float32 parameters on a GPU run under bfloat16 autocast (float32 masters, float32 log-probs); everything else
@@ -17,11 +17,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from scope_opd.models.head import HeadView, TokenScores, map_logits, score_hidden
+from scope_opd.models.head import HeadView, TokenScores, score_hidden
 from scope_opd.models.packing import crossover_of, packs_exactly
-from scope_opd.objective.logprobs import tempered
-from scope_opd.objective.surrogate import full_kl, reference_kl, sampler_correction, surrogate
+from scope_opd.objective.surrogate import reference_kl, sampler_correction, surrogate
 from scope_opd.train.batch import MicroBatch
+from scope_opd.train.distillation import Distillation
 from scope_opd.train.engines import LearnerParts, SurrogateSettings
 from scope_opd.train.outcome import Pass, TokenFigures
 
@@ -45,10 +45,7 @@ class Forward(nn.Module):
         super().__init__()
         self.model = engines.trained
         self.settings: SurrogateSettings = engines.surrogate
-        self.teacher_head = engines.teacher_head
         self.reference = engines.reference
-        if self.settings.distill == "full_kl" and self.teacher_head is None:
-            raise ValueError("distill = 'full_kl' without teacher_head; expected an in-process teacher")
         if self.settings.reference_kl > 0 and self.reference is None:
             raise ValueError(f"reference_kl = {self.settings.reference_kl} without a reference; expected its log-probs")
         self.view = HeadView(engines.trained)
@@ -59,9 +56,9 @@ class Forward(nn.Module):
         with self._precision():
             self.packs = packing and packs_exactly(self.view)
         self.crossover = crossover_of(engines.trained)
-        # Sorted and each once: as many ids as the heads are wide are then all of them.
-        ids = self.settings.common_vocabulary
-        self._common = None if ids is None else torch.tensor(sorted(set(ids)), dtype=torch.long, device=self.device)
+        self.distillation: Distillation | None = None
+        if self.settings.distill != "sampled":
+            self.distillation = Distillation(self.view, self.settings, engines.teacher_head, self.device)
 
     def forward(self, micro: MicroBatch, tokens: int, recorded: Recorded | None, record: bool) -> tuple[Tensor, ...]:
         """See ``run`` and ``record``. A plain tuple of tensors: that is what a sharded module's hooks look into."""
@@ -69,11 +66,13 @@ class Forward(nn.Module):
         if record:
             scores = self._scores(micro)
             return scores.logprobs, *self._correction(micro, scores)
-        kl: Tensor | None = None
-        if settings.distill == "full_kl":
-            scores, kl = self._scores_and_kl(micro)
-        else:
+        divergence: Tensor | None = None
+        if self.distillation is None:
             scores = self._scores(micro)
+        else:
+            with self._precision():
+                hidden = self._hidden(micro)
+                scores, divergence = self.distillation.scores(hidden, micro, self._extra_temperature())
         logprobs = scores.logprobs
         old = logprobs.detach()
         if recorded is None:
@@ -83,16 +82,17 @@ class Forward(nn.Module):
             old = old if settings.sampled_by == "teacher" else recorded[0]
             correction, capped, mismatch = recorded[1:]
         terms = surrogate(
-            logprobs, old, correction, micro.reinforce, micro.distill if kl is None else torch.zeros_like(logprobs),
-            micro.teacher, clip=settings.clip, dual_clip=settings.dual_clip,
+            logprobs, old, correction, micro.reinforce,
+            micro.distill if divergence is None else torch.zeros_like(logprobs), micro.teacher,
+            clip=settings.clip, dual_clip=settings.dual_clip,
         )  # fmt: skip
         loss = terms.loss
         gap = micro.teacher - logprobs.detach()
         distillation = gap
-        if kl is not None:
-            # kl is 0 where nothing is distilled, so no 0 * inf can arise from a token that the teacher rules out.
-            loss = loss + micro.distill * correction * kl
-            distillation = -kl.detach()
+        if divergence is not None:
+            # It is 0 where nothing is distilled, so no 0 * inf can arise from a token that the teacher rules out.
+            loss = loss + micro.distill * correction * divergence
+            distillation = -divergence.detach()
         penalty = torch.zeros_like(loss)
         if self.reference is not None and settings.reference_kl > 0:
             with torch.no_grad():
@@ -131,58 +131,13 @@ class Forward(nn.Module):
 
     def _scores(self, micro: MicroBatch) -> TokenScores:
         with self._precision():
-            return self._score(micro, self._hidden(micro))
-
-    def _score(self, micro: MicroBatch, hidden: Tensor) -> TokenScores:
-        return score_hidden(
-            self.view,
-            hidden,
-            micro.rows.tokens(micro.positions),
-            self.settings.student_temperature,
-            extra_temperature=self._extra_temperature(),
-        )
-
-    def _scores_and_kl(self, micro: MicroBatch) -> tuple[TokenScores, Tensor]:
-        """As ``_scores``, and KL(student || teacher) over the common ids, [T], with gradient.
-
-        The KL is computed where the method distils and is 0 elsewhere; the teacher reads only the rows that need it.
-        """
-        settings, teacher = self.settings, self.teacher_head
-        assert teacher is not None
-
-        def divergence(logits: Tensor, theirs: Tensor) -> tuple[Tensor]:
-            own = tempered(logits, settings.student_temperature)
-            with torch.no_grad(), self._own_dtype():
-                other = teacher.project(theirs).to(own.dtype)
-            return (full_kl(*self._over_common_ids(own, other)),)
-
-        with self._precision():
-            hidden = self._hidden(micro)
-            scores = self._score(micro, hidden)
-            kl = torch.zeros_like(scores.logprobs)
-            places = (micro.distill != 0).nonzero().squeeze(-1)
-            if places.numel():
-                (found,) = map_logits(self.view, hidden[places], divergence, self._teacher_hidden(micro, places))
-                kl = kl.index_put((places,), found)
-        return scores, kl
-
-    def _teacher_hidden(self, micro: MicroBatch, places: Tensor) -> Tensor:
-        """The teacher's hidden states at the tokens ``places`` of a micro-batch, [len(places), H]."""
-        assert self.teacher_head is not None
-        rows, positions = micro.rows.touched(micro.positions[places])
-        with torch.no_grad(), self._own_dtype():
-            return self.teacher_head.response_hidden(rows, positions)
-
-    def _over_common_ids(self, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """Both logits at the ids that mean the same to both and that both heads have."""
-        width = min(own.shape[-1], other.shape[-1])
-        own, other = own[:, :width], other[:, :width]
-        if self._common is None:
-            return own, other
-        ids = self._common[self._common < width]
-        if not ids.numel():
-            raise ValueError(f"common_vocabulary has no id below {width}; expected ids that both heads have")
-        return (own, other) if ids.numel() == width else (own[:, ids], other[:, ids])
+            return score_hidden(
+                self.view,
+                self._hidden(micro),
+                micro.rows.tokens(micro.positions),
+                self.settings.student_temperature,
+                extra_temperature=self._extra_temperature(),
+            )
 
     def _extra_temperature(self) -> float | None:
         """A second temperature of the same hidden states, where c needs one."""

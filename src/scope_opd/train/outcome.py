@@ -16,7 +16,7 @@ class TokenFigures:
         rollout, place: the token's rollout (index within the step) and its index within the response.
         logprobs: log pi_theta at the objective's student temperature.
         entropy: nats, at that temperature.
-        advantage: A_t with the method's own numbers; under ``full_kl`` reinforce - distill KL_t.
+        advantage: A_t with the method's own numbers; unless ``distill`` is "sampled", reinforce - distill D_t.
         teacher_gap: log pi_T - log pi_theta; means something only where the teacher scored.
         mismatch: log mu - log pi_old at the sampling temperature (0 for responses that the teacher sampled).
         capped: where c reached its cap.
