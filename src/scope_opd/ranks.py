@@ -15,13 +15,14 @@ and a collective has a time limit. Not covered: what the jobs are, starting the 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 
 Job = Callable[[Any], Any]
 
+POLL_S = 0.005
+"""How often whoever waits in an event loop looks for what other ranks told."""
+_CHECK_S = 0.1
+"""How often a job in an event loop looks whether it was called off."""
 _WAKE = getattr(signal, "SIGRTMIN", signal.SIGUSR2)
 """Sent by rank 0 to its own main thread, so that a blocking call there ends when another rank has failed."""
 _OF_COLLECTIVES = ("gloo", "nccl", "connection", "timed out")
@@ -101,6 +106,7 @@ class Ranks:
         self.failure: RunFailed | None = None
         self.state = threading.Condition()
         self._wires = wires or {}
+        self._group: Any = None
         self._jobs: dict[str, Job] = {}
         self._turn = threading.Lock()
         self._number = 0
@@ -123,7 +129,7 @@ class Ranks:
 
         Args:
             timeout_s: limit of each collective, and of the ranks' finding one another.
-            cuda: whether the ranks compute on GPUs, each on the one of its local rank.
+            cuda: whether the ranks compute on GPUs.
 
         Raises:
             ScopeError: the variables are not whole, or the other ranks were not found.
@@ -137,7 +143,10 @@ class Ranks:
                 "a RANK below WORLD_SIZE, and a LOCAL_RANK",
                 "start the ranks with torchrun",
             )
-        return Ranks(rank, world, local, open_wires(rank, world, local, timeout_s, cuda=cuda))
+        wires, group = open_wires(rank, world, timeout_s, cuda=cuda)
+        ranks = Ranks(rank, world, local, wires)
+        ranks._group = group
+        return ranks
 
     @property
     def leads(self) -> bool:
@@ -250,6 +259,19 @@ class Ranks:
         """Whether rank 0 has called off the job at hand: what it gives will not be looked at."""
         return self._cancelled == self._number
 
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """From inside a job that rank 0 did ``begin``: run a coroutine to its end, or until the job is called off."""
+
+        async def watched() -> Any:
+            task = asyncio.ensure_future(work)
+            while not task.done():
+                await asyncio.wait([task], timeout=_CHECK_S)
+                if self.cancelled:
+                    task.cancel()
+            return None if task.cancelled() else task.result()
+
+        return asyncio.run(watched())
+
     def _next(self) -> tuple[Any, ...]:
         """What rank 0 says next. While this rank waits here it can be told of another's end; else that ends it."""
         with self.state:
@@ -291,7 +313,7 @@ class Ranks:
         if self.world > 1:
             import torch.distributed as dist
 
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self._group)
         return values
 
     # --- beginning and end -------------------------------------------------------------------------------------------

@@ -110,32 +110,35 @@ class Wire:
             self._connection.close()
 
 
-def open_wires(rank: int, world: int, local_rank: int, timeout_s: float, *, cuda: bool) -> dict[int, Wire]:
+def open_wires(rank: int, world: int, timeout_s: float, *, cuda: bool) -> tuple[dict[int, Wire], Any]:
     """Make torch's process group where there is none, then the connections: to rank 0, or on rank 0 to all others.
+
+    Returns:
+        The connections by rank, and the group for collectives over the CPU (None: the default one does).
 
     Raises:
         ScopeError: the ranks did not find one another within ``timeout_s``.
     """
-    import torch
     import torch.distributed as dist
 
-    if cuda:
-        torch.cuda.set_device(local_rank)
     limit = timedelta(seconds=timeout_s)
     try:
+        group = None
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "cpu:gloo", timeout=limit)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
+        elif dist.get_backend() != "gloo":  # Ray's, on GPUs
+            group = dist.new_group(backend="gloo", timeout=limit)
         store = dist.distributed_c10d._get_default_store()
         if rank:
             store.wait([_KEY], limit)
-            return {0: _connect(json.loads(store.get(_KEY)), rank, timeout_s)}
+            return {0: _connect(json.loads(store.get(_KEY)), rank, timeout_s)}, group
         one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == world
         with _listener(one_machine, world) as listener:
             key = secrets.token_hex(32)
             places = ["127.0.0.1"] if one_machine else [os.environ.get("MASTER_ADDR", ""), _own_address()]
             found = {"places": places, "port": listener.getsockname()[1], "key": key, "who": _who()}
             store.set(_KEY, json.dumps(found))
-            return _accept(listener, bytes.fromhex(key), world, timeout_s)
+            return _accept(listener, bytes.fromhex(key), world, timeout_s), group
     except (OSError, RuntimeError, ValueError) as error:
         text = " ".join(str(error).split())[:200] or type(error).__name__
         raise ScopeError(

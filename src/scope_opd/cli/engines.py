@@ -31,6 +31,7 @@ from scope_opd.cli.inputs import (
     teacher_tokenizer,
 )
 from scope_opd.cli.pipelines import build_pipeline, steps_ahead
+from scope_opd.cli.ranks import EVALUATION, TRAIN, Facts, rank_device
 from scope_opd.cli.templates import compare_prompts
 from scope_opd.config import Config
 from scope_opd.credit import assign_credit
@@ -44,9 +45,13 @@ from scope_opd.models.loading import end_token_ids, load_model, resolve_device
 from scope_opd.models.packed_attention import enable
 from scope_opd.models.rows import Rows, rows_logprobs
 from scope_opd.objective.methods import Method
+from scope_opd.ranks import Ranks
 from scope_opd.rollout.local import LocalSampler
 from scope_opd.rollout.samplers import Samplers
+from scope_opd.rollout.shared import SharedSampler
+from scope_opd.teacher.ends import EndTokens
 from scope_opd.teacher.local import LocalTeacher
+from scope_opd.teacher.shared import SharedTeacher
 from scope_opd.train.engines import Engines, SurrogateSettings, TokenFunction
 from scope_opd.types import Prompt, Sampler, SamplingParams, Teacher, Verifier
 
@@ -86,26 +91,27 @@ class Built:
                 close()
 
 
-def build_engines(config: Config, revisions: Mapping[str, str] | None = None) -> Built:
+def build_engines(config: Config, revisions: Mapping[str, str] | None = None, ranks: Ranks | None = None) -> Built:
     """Load everything that a training run needs.
 
     Args:
         config: the run.
         revisions: commits of hub data sets, "train" and "eval", that a resumed run began with.
+        ranks: of which this process is the first; the others do ``followers.build_follower``. None: a world of one.
 
     Raises:
         ScopeError: anything that is wrong with data, models or settings.
     """
     with contextlib.ExitStack() as undo:  # what was opened is closed again if something is wrong
-        built = _build_engines(config, revisions or {}, undo)
+        built = _build_engines(config, revisions or {}, ranks or Ranks(), undo)
         undo.pop_all()
     return built
 
 
-def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.ExitStack) -> Built:
+def _build_engines(config: Config, commits: Mapping[str, str], ranks: Ranks, undo: contextlib.ExitStack) -> Built:
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    device = resolve_device(config.train.device)
+    device = rank_device(config, ranks)
     steps_ahead(config)
     method = build_configured_method(config)
     with_teacher = needs_teacher(config, method)
@@ -175,14 +181,18 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
         stop_token_ids=ends,
         seed=config.run.seed,
     )
+    # With several ranks the student that is trained is sharded, and a plain copy decodes and is published.
+    plain, plain_autocast = (student, autocast) if ranks.world == 1 else (plain_student(config, device), None)
     sampler: Sampler
     publisher = None
     if sampled is not None:
         sampler = samplers.served_sampler(sampled, tokenizer, _head_rows(student))
-        publisher = samplers.publisher(config, sampled, student, tokenizer, autocast)
+        publisher = samplers.publisher(config, sampled, plain, tokenizer, plain_autocast)
         undo.callback(publisher.close)
     else:
-        sampler = LocalSampler(student, tokenizer, max_rows=config.rollout.max_rows, autocast=autocast)
+        sampler = _shared(
+            LocalSampler(plain, tokenizer, max_rows=config.rollout.max_rows, autocast=plain_autocast), ranks, TRAIN
+        )
     scorer: Teacher | None = None
     common = None
     if theirs is not None and config.objective.distill != "sampled":
@@ -208,29 +218,28 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
             checks.vocabulary_rows(train_prompts, (), "teacher", _rows(teacher)),
         ]
         if method.sampled_by == "teacher":
-            # A teacher's head may have more rows: what the student has no row for it could not be trained on.
-            sampler = LocalSampler(teacher, tokenizer, max_rows=config.rollout.max_rows, vocabulary=_head_rows(student))
+            sampler = _shared(teacher_sampler(config, teacher, tokenizer, student), ranks, TRAIN)
             sampling = replace(
                 sampling,
                 temperature=config.teacher.temperature or sampling.temperature,
                 stop_token_ids=tuple(sorted({*ends, *teacher_ends})),
             )
-        scorer = LocalTeacher(
-            teacher,
-            temperature=teacher_temperature(config),
-            max_tokens_per_batch=config.teacher.max_tokens_per_batch,
-            log_prob_floor=config.teacher.log_prob_floor,
-            ends=judged,
-        )
+        scorer = local_teacher(config, teacher, judged)
     warnings += checks.enforce(findings)
-    pipeline = build_pipeline(config, method, sampler, verifier, scorer, schedule)
+    shared = SharedTeacher(scorer, ranks) if isinstance(scorer, LocalTeacher) and ranks.world > 1 else scorer
+    pipeline = build_pipeline(config, method, sampler, verifier, shared, schedule)
     evaluator = None
     if eval_prompts:
-        judge = sampler if sampled is not None else eval_sampler(config, student, tokenizer, autocast)
+        judge = sampler
+        if sampled is None:
+            judge = _shared(eval_sampler(config, plain, tokenizer, plain_autocast), ranks, EVALUATION)
         evaluator = build_evaluator(config, judge, verifier, eval_prompts, ends, distinct_key)
     about = {"train": data.about()} | ({"eval": held_out_data.about()} if held_out_data else {})
+    surrogate = surrogate_settings(config, method, sampling, common)
+    judged_ends = scorer.ends if isinstance(scorer, LocalTeacher) else None
+    ranks.meet(Facts(config.model_dump(mode="json"), surrogate, judged_ends))
     engines = Engines(
-        model=student,
+        model=plain,
         tokenizer=tokenizer,
         pipeline=pipeline,
         credit=partial(
@@ -241,12 +250,14 @@ def _build_engines(config: Config, commits: Mapping[str, str], undo: contextlib.
         ),
         schedule=schedule,
         sampling=sampling,
-        surrogate=surrogate_settings(config, method, sampling, common),
+        surrogate=surrogate,
         teacher_head=scorer if isinstance(scorer, LocalTeacher) and config.objective.distill != "sampled" else None,
         reference=frozen_reference(config, student, autocast) if config.objective.reference_kl > 0 else None,
         evaluator=evaluator,
         weights_use_tau=paths_weighted_by_perplexity(method),
         publisher=publisher,
+        trainee=None if plain is student else student,
+        ranks=ranks,
         data=about,
         fingerprints=fingerprints,
     )
@@ -258,17 +269,48 @@ def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if device.type == "cuda" and config.train.param_dtype == "float32" else None
 
 
-def load_student(config: Config, device: torch.device) -> PreTrainedModel:
+def load_student(config: Config, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The student in ``train.param_dtype`` on its device."""
     model = config.model
     return load_model(
         model.path,
         revision=model.revision,
-        dtype=getattr(torch, config.train.param_dtype),
+        dtype=dtype or getattr(torch, config.train.param_dtype),
         device=device,
         attn_implementation=model.attn_implementation,
         trust_remote_code=model.trust_remote_code,
     )
+
+
+def plain_student(config: Config, device: torch.device) -> PreTrainedModel:
+    """With several ranks: the copy that decodes and is published, in the dtype that the student computes in."""
+    computes = autocast_dtype(config, device)
+    if computes is None or (config.rollout.served and config.serving.student.dtype == "float32"):
+        return load_student(config, device)
+    return load_student(config, device, computes)
+
+
+def local_teacher(config: Config, teacher: PreTrainedModel, ends: EndTokens | None) -> LocalTeacher:
+    """The teacher that scores in this process."""
+    return LocalTeacher(
+        teacher,
+        temperature=teacher_temperature(config),
+        max_tokens_per_batch=config.teacher.max_tokens_per_batch,
+        log_prob_floor=config.teacher.log_prob_floor,
+        ends=ends,
+    )
+
+
+def teacher_sampler(
+    config: Config, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel
+) -> LocalSampler:
+    """Draws the teacher's responses, for ``kd``."""
+    # A teacher's head may have more rows: what the student has no row for it could not be trained on.
+    return LocalSampler(teacher, tokenizer, max_rows=config.rollout.max_rows, vocabulary=_head_rows(student))
+
+
+def _shared(sampler: LocalSampler, ranks: Ranks, name: str) -> Sampler:
+    return sampler if ranks.world == 1 else SharedSampler(sampler, ranks, name)
 
 
 def load_teacher(config: Config, device: torch.device) -> PreTrainedModel:

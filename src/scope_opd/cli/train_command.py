@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from scope_opd.errors import RunFailed
 from scope_opd.words import counted
 
 if TYPE_CHECKING:
+    from scope_opd.config import Config
     from scope_opd.train.engines import TrainResult
 
 EXAMPLES = """Examples:
@@ -54,26 +56,57 @@ def train(
     run_dir
         The run folder, in place of run.dir.
     """
-    from scope_opd.cli.early import check_early, check_run_folder, eval_source
+    from scope_opd.cli.early import check_early, eval_source
     from scope_opd.config import load_config
 
     given = list(overrides or [])
     if run_dir is not None:
         given.append(f'run.dir="{_toml_text(run_dir)}"')
     settings = load_config(config, given)
-    sources = {"train": settings.data.train, "eval": eval_source(settings)}
-    check_early(settings, sources.values())
+    check_early(settings, [settings.data.train, eval_source(settings)])
+    lines = train_rank(settings, resume, allow_config_change=allow_config_change)
+    if lines:
+        print("\n".join(lines))
+    return 0
+
+
+def train_rank(settings: Config, resume: bool = False, *, allow_config_change: bool = False) -> list[str]:
+    """A run, or this process's part of one that several ranks do together (torchrun's, or Ray's environment).
+
+    Args:
+        settings: the same on every rank, its names and paths checked already (``check_early``).
+        resume, allow_config_change: as for ``train``; rank 0's count.
+
+    Returns:
+        What a finished run has to say; nothing on the other ranks.
+
+    Raises:
+        ScopeError: of this rank, or the first of another's, which it then names.
+    """
+    from scope_opd.cli.early import check_run_folder, eval_source
+
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
     folder = Path(settings.run.dir)
-    check_run_folder(folder, resume=resume)
-    print("loading torch, data and models ...", file=sys.stderr, flush=True)
+    if not several:
+        check_run_folder(folder, resume=resume)
+    if os.environ.get("RANK", "0") == "0":
+        print("loading torch, data and models ...", file=sys.stderr, flush=True)
 
     from scope_opd.cli.engines import build_engines
+    from scope_opd.cli.followers import build_follower
     from scope_opd.cli.inputs import shown_prompt
+    from scope_opd.cli.ranks import open_ranks
     from scope_opd.train import loop
     from scope_opd.train.resume import recorded_revisions
 
-    with memory_in_one_line():
-        built = build_engines(settings, recorded_revisions(folder, sources) if resume else None)
+    with open_ranks(settings) as ranks, memory_in_one_line():
+        if not ranks.leads:
+            loop.follow(settings, build_follower(settings, ranks))
+            return []
+        if several:
+            check_run_folder(folder, resume=resume)  # now that the others would hear of it
+        sources = {"train": settings.data.train, "eval": eval_source(settings)}
+        built = build_engines(settings, recorded_revisions(folder, sources) if resume else None, ranks)
         for warning in built.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         print(f"first prompt: {shown_prompt(built.engines.schedule.batch(0)[0].text)}", file=sys.stderr, flush=True)
@@ -81,8 +114,7 @@ def train(
             result = loop.train(settings, built.engines, resume=resume, allow_config_change=allow_config_change)
         finally:
             built.close()
-    print("\n".join(outcome(result)))
-    return 0
+    return outcome(result)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ the sampler's); adapters that a model brings along.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,40 +86,44 @@ def adapted(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def plain_state_dict(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """A model's state dict with its adapters merged, in the dtype and under the names of the model without them.
 
     Args:
-        model: whole (not sharded); without adapters this is its state dict.
+        model: without adapters this is its state dict.
+        weights: its state dict, whole, where it is sharded.
 
     Returns:
         name -> tensor: the model's own memory, but for merged weights, whose sum is taken in float32 (float64).
     """
-    state: dict[str, Tensor] = dict(model.state_dict())
+    state: dict[str, Tensor] = dict(model.state_dict() if weights is None else weights)
     if not adapted(model):
         return state
     plain = {name.replace(_BASE, "."): tensor for name, tensor in state.items() if _MARK not in name}
     for name, module in model.named_modules():
         if hasattr(module, "get_delta_weight"):
             layer: Any = module
-            weight = layer.base_layer.weight
+            weight = state[f"{name}{_BASE}weight"]
             exact = _exact(weight.dtype)
-            plain[f"{name}.weight"] = (weight.to(exact) + layer.get_delta_weight(NAME).to(exact)).to(weight.dtype)
+            up, down = (state[f"{name}{_MARK}{part}.{NAME}.weight"] for part in "BA")
+            delta = (up @ down) * layer.scaling[NAME]
+            plain[f"{name}.weight"] = (weight.to(exact) + delta.to(exact)).to(weight.dtype)
     return plain
 
 
-def save_adapter(model: Any, folder: Path, base: str) -> None:
+def save_adapter(model: Any, folder: Path, base: str, weights: Mapping[str, Tensor] | None = None) -> None:
     """Write the adapters as ``peft.PeftModel.from_pretrained(base model, folder)`` loads them.
 
     Args:
         model: adapted.
         folder: made if it is not there.
         base: what the frozen model is called: a folder or a hub id.
+        weights: its state dict, whole, where it is sharded.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"base_model.model.{name.replace(f'.{NAME}.', '.')}": tensor.detach().contiguous()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in (model.state_dict() if weights is None else weights).items()
         if _MARK in name
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

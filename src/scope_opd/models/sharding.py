@@ -96,12 +96,20 @@ def total_norm(norm: Tensor, parameters: Sequence[Tensor], ranks: Ranks) -> Tens
     return squares.sqrt().to(norm)
 
 
-def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def whole_weights(model: nn.Module, *, merged: bool) -> Iterator[tuple[str, Tensor]]:
     """(name, weight) of a sharded model, gathered one at a time; a collective, every rank has to take all of them.
 
-    Names are those of the model without adapters; a weight that carries one comes with it merged, its sum taken in the
-    precision of the adapter. Tied weights come once, under the name that ``named_parameters`` has for them.
+    Tied weights come once, under the name that ``named_parameters`` has for them.
+
+    Args:
+        model: sharded.
+        merged: names are those of the model without adapters; a weight that carries one comes with it, the sum taken in
+            the precision of the adapter. Else names and weights are the model's own.
     """
+    if not merged:
+        for name, parameter in model.named_parameters():
+            yield name, _whole(parameter)
+        return
     adapted = {
         f"{name}.base_layer.weight": module for name, module in model.named_modules() if hasattr(module, "lora_A")
     }

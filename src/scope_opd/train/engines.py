@@ -185,8 +185,8 @@ class Engines:
             anything.
         publisher: brings new weights to samplers that hold a copy of their own; None where the sampler decodes with
             ``model`` itself.
-        trainee: with several ranks, the student that is trained: another module than ``model``, of the same weights, not
-            sharded yet. ``Learner.refresh`` brings its weights to ``model``.
+        trainee: with several ranks, the student that is trained: another module than ``model``, of the same weights,
+            not sharded yet. ``Learner.refresh`` brings its weights to ``model``.
         ranks: the processes of the run; this one is the first of them.
         data: which data sets these prompts are, by "train" and "eval", as plain values; kept in run.json.
         fingerprints: what tells the models that the run began with from others, as plain values, kept in checkpoints:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers.utils import logging
 
 from scope_opd.config import Config
@@ -37,6 +38,7 @@ def export_model(
     steps: int,
     metrics: Mapping[str, Any],
     evaluations: Sequence[Mapping[str, Any]],
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write what ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` load.
 
@@ -45,6 +47,7 @@ def export_model(
         model: a transformers model.
         tokenizer: its tokenizer.
         config, steps, metrics, evaluations: for the card; the last metrics row and the rows of eval.jsonl.
+        weights: of a model that is sharded, whole (``Learner.whole``); None: the model's own.
 
     Raises:
         RunFailed: it could not be written (a full disk ...).
@@ -53,9 +56,9 @@ def export_model(
     try:
         shutil.rmtree(writing, ignore_errors=True)
         with _no_progress_bar():
-            model.save_pretrained(writing, state_dict=plain_state_dict(model))
+            model.save_pretrained(writing, state_dict=plain_state_dict(model, weights))
         if adapted(model):
-            save_adapter(model, writing / ADAPTER, config.model.path)
+            save_adapter(model, writing / ADAPTER, config.model.path, weights)
         tokenizer.save_pretrained(writing)
         for weights in writing.glob("**/*.safetensors"):  # written for the owner alone, unlike the rest
             shutil.copymode(writing / "config.json", weights)

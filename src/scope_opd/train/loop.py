@@ -1,4 +1,7 @@
-"""The training loop, on one page. What surrounds it (resuming, signals, alarms, files) is ``session.Session``."""
+"""The training loop, on one page. What surrounds it (resuming, signals, alarms, files) is ``session.Session``.
+
+With several ranks the first runs the loop, and the others ``follow`` it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import torch
 
 from scope_opd.config import Config
 from scope_opd.train.early import Gathering
-from scope_opd.train.engines import Engines, TrainResult
+from scope_opd.train.engines import Engines, Follower, TrainResult
 from scope_opd.train.session import Session
 from scope_opd.train.step import Learner
 
@@ -71,3 +74,21 @@ def train(
                 run.log(collected, verdicts, batch, outcome)
             run.boundary()
         return run.finish()
+
+
+def follow(config: Config, engines: Follower) -> None:
+    """What every rank but the first does of a run: its share of whatever rank 0 asks, until that has ended.
+
+    Args:
+        config: rank 0's own.
+        engines: see ``Follower``.
+
+    Raises:
+        RunFailed: rank 0, or another rank, failed; the line says which and why.
+        Exception: what this rank's own work raised.
+    """
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    torch.manual_seed(config.run.seed)
+    learner = Learner(engines, config.train)
+    learner.ranks.follow()

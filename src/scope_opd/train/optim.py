@@ -61,7 +61,7 @@ class Optimizer:
         chosen = {id(parameter) for parameter in hidden}
         rest = [parameter for parameter in self.parameters if id(parameter) not in chosen]
         if any(isinstance(parameter, DTensor) for parameter in self.parameters):
-            _refuse_sharded(config)
+            refuse_sharded(config)
         self._copies: _CpuCopies | None = None
         if config.offload == "optimizer":
             self._copies = _CpuCopies(rest)
@@ -204,14 +204,19 @@ def _adamw_8bit() -> Any:
     return AdamW8bit
 
 
-def _refuse_sharded(config: TrainConfig) -> None:
-    for name, value in (("optimizer", "adamw_8bit"), ("offload", "optimizer")):
+def refuse_sharded(config: TrainConfig) -> None:
+    """What cannot be with weights that are dealt to several ranks.
+
+    Raises:
+        ConfigError: Muon, whose steps need whole matrices, 8-bit states, or states in CPU memory.
+    """
+    for name, value, instead in (
+        ("optimizer", "muon", "adamw, since ranks hold shares of the matrices that Muon needs whole"),
+        ("optimizer", "adamw_8bit", "adamw, whose states are dealt to the ranks"),
+        ("offload", "optimizer", "off, since the states are dealt to the ranks"),
+    ):
         if getattr(config, name) == value:
-            raise ConfigError(
-                f"train.{name} = {value!r} on several ranks",
-                "states that are sharded already",
-                f"leave train.{name} out",
-            )
+            raise ConfigError(f"train.{name} = {value!r} on several ranks", instead, f"leave train.{name} out")
 
 
 def _plain(key: str, state: Any) -> Iterator[tuple[str, Tensor]]:

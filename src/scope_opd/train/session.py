@@ -96,6 +96,7 @@ class Session:
             self._close()
             raise
         self._signals.__enter__()
+        self.learner.ranks.shield = self._signals.shielded
         return self
 
     def __exit__(
@@ -114,6 +115,7 @@ class Session:
                         self._save(wait=True)
         finally:
             self._checkpoints.abandon()
+            self.learner.ranks.shield = nullcontext
             self._signals.__exit__(None, None, None)
             self._close()
 
@@ -223,19 +225,26 @@ class Session:
             assert not self._half_done, "a step whose weights changed was not logged"
 
     def publish(self) -> None:
-        """Samplers that hold a copy of the student's weights get them as they are now.
+        """Samplers that hold a copy of the student's weights get them as they are now, plain copies on ranks first.
 
         Raises:
             RunFailed: none of them could be brought there.
         """
-        if self.engines.publisher is None:
+        if not self._copied:
             return
         self.phase("sync")
         began = self.timeline.now()
         with self.timeline.busy("sync", self.step):
-            self.engines.publisher.publish(self.policy_version)
+            self.learner.refresh(self.policy_version)
+            if self.engines.publisher is not None:
+                self.engines.publisher.publish(self.policy_version)
         self._sync_s += self.timeline.now() - began
         self._asleep = False
+
+    @property
+    def _copied(self) -> bool:
+        """Whether samplers decode with a copy of what is trained."""
+        return self.engines.publisher is not None or self.learner.ranks.world > 1
 
     @contextmanager
     def update(self) -> Iterator[None]:
@@ -301,7 +310,7 @@ class Session:
             stats=collected.stats, batch=batch, outcome=outcome,
             update_s=self.timeline.busy_s("update", self._began, now),
             sampled_by_student=self.engines.surrogate.sampled_by == "student",
-            step_s=now - self._began, sync_s=None if self.engines.publisher is None else self._sync_s,
+            step_s=now - self._began, sync_s=self._sync_s if self._copied else None,
             teacher_exposed_s=self.timeline.exposed("teacher", self._began, now),
             teacher_busy_s=self.timeline.busy_s("teacher", self._began, now),
         )  # fmt: skip
@@ -365,8 +374,8 @@ class Session:
             if exported is not None:
                 self.phase("saving")
                 export_model(
-                    exported, self.engines.model, self.engines.tokenizer, config=self.config, steps=self.step,
-                    metrics=self._last_row, evaluations=folder.rows("eval"),
+                    exported, self.learner.model, self.engines.tokenizer, config=self.config, steps=self.step,
+                    metrics=self._last_row, evaluations=folder.rows("eval"), weights=self.learner.whole(),
                 )  # fmt: skip
             self.phase("done")
         return TrainResult(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from scope_opd.config import TrainConfig
 from scope_opd.models.checkpointing import set_checkpointing
@@ -169,8 +170,10 @@ class Learner:
             self._fresh = version
 
     def whole(self) -> dict[str, Tensor] | None:
-        """With several ranks: the trained weights in their own dtype, whole, on the CPU, under the names of the plain
-        model (each tied weight once); None with one rank, whose model is whole."""
+        """With several ranks: the state dict of what is trained, whole, on the CPU, each tied weight once.
+
+        None with one rank, whose model is whole.
+        """
         if self.ranks.world == 1:
             return None
         weights: dict[str, Tensor] = self.ranks.everywhere("learner/gather", [None] * self.ranks.world)[0]
@@ -241,16 +244,17 @@ class Learner:
     def _refresh(self, _: None) -> None:
         target = {} if self._copy is None else dict(self._copy.named_parameters())
         with torch.no_grad():
-            for name, weight in whole_weights(self.model):
+            for name, weight in whole_weights(self.model, merged=True):
                 if name in target:
                     target[name].copy_(weight)
 
     def _gather(self, _: None) -> dict[str, Tensor]:
         weights = {}
-        for name, weight in whole_weights(self.model):
+        for name, weight in whole_weights(self.model, merged=False):
             if self.ranks.leads:
-                weights[name] = weight.detach().cpu()
-        return weights
+                weights[name] = weight.cpu()
+        buffers = {name: tensor for name, tensor in self.model.state_dict().items() if not isinstance(tensor, DTensor)}
+        return weights | buffers if self.ranks.leads else {}
 
     def _backward(self, micro: MicroBatch, tokens: int, recorded: Recorded | None) -> Pass:
         result = self.forward.run(micro, tokens, recorded)

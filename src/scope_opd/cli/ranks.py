@@ -1,0 +1,75 @@
+"""What the ranks of ``scope train`` have to agree on: how many there are, the device of each, what rank 0 tells."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from scope_opd.config import Config
+from scope_opd.errors import ConfigError
+from scope_opd.models.loading import resolve_device
+from scope_opd.ranks import Ranks
+from scope_opd.teacher.ends import EndTokens
+from scope_opd.train.engines import SurrogateSettings
+from scope_opd.train.optim import refuse_sharded
+
+TRAIN, EVALUATION = "sample", "sample/evaluation"
+"""The jobs of drawing a step's rollouts, and an evaluation's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What rank 0 tells the others before a run.
+
+    Attributes:
+        config: its own, as plain values.
+        surrogate: the update's settings.
+        ends: how the in-process teacher judges end tokens.
+    """
+
+    config: dict[str, Any]
+    surrogate: SurrogateSettings
+    ends: EndTokens | None
+
+
+def open_ranks(config: Config) -> Ranks:
+    """The ranks that torchrun (or Ray) has started; a world of one without them.
+
+    Raises:
+        ConfigError: something that the config asks for cannot be at several ranks.
+        ScopeError: the other ranks were not found.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        refuse_sharded(config.train)
+    cuda = config.train.device != "cpu" and torch.cuda.is_available()
+    return Ranks.from_environment(config.train.collective_timeout_s, cuda=cuda)
+
+
+def rank_device(config: Config, ranks: Ranks) -> torch.device:
+    """``train.device``; with several ranks the GPU of this one, which becomes torch's current device.
+
+    Raises:
+        ModelError: no such device.
+        ConfigError: one GPU is named for all ranks, or there are fewer than ranks.
+    """
+    device = resolve_device(config.train.device)
+    if ranks.world == 1 or device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise ConfigError(
+            f"train.device = {config.train.device!r} with {ranks.world} ranks", "a GPU for each", "set cuda, or auto"
+        )
+    count = torch.cuda.device_count()
+    if count > 1 and ranks.local_rank >= count:
+        raise ConfigError(
+            f"LOCAL_RANK = {ranks.local_rank} and {count} GPUs that it sees",
+            "as many ranks on a machine as GPUs",
+            "lower --nproc-per-node",
+        )
+    # One GPU alone is what some launchers let each rank see: then it is this rank's own.
+    device = torch.device("cuda", ranks.local_rank if count > 1 else 0)
+    torch.cuda.set_device(device)
+    return device
