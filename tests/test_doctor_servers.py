@@ -182,6 +182,10 @@ MISTAKES: dict[str, tuple[Change, str, str, str]] = {
     "development": (does(s_development=False), "sampler: routes", "FAIL", "VLLM_SERVER_DEV_MODE=1"),
     "raw log-probs": (does(s_raw=True), "sampler: logprobs mode", "FAIL", "processed_logprobs"),
     "max-logprobs": (does(s_max_logprobs=-1), "sampler: log-probs", "FAIL", "larger --max-logprobs"),
+    "likeliest tokens": (
+        does("objective.distill=topk_reverse_kl", "objective.topk=30", t_max_likeliest=20),
+        "teacher: log-probs", "FAIL", "--max-logprobs 30",
+    ),
     "defaults": (does(s_defaults={"temperature": 0.2, "top_k": 1}), "sampler: defaults", "ok", "not neutral"),
     "nondeterminism": (does(s_same_seed_same_tokens=False), "sampler: defaults", "ok", "cannot be told"),
     "other teacher": (

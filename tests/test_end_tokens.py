@@ -148,7 +148,7 @@ class TestWhatIsLeftOut:
             assert found[0, 2] == pytest.approx((0.4, 0.0, 2.0, 0.0))
             assert found[1, 0] == found[1, 1] == pytest.approx((0.2, 0.1, 1.0, 0.5))
 
-    @pytest.mark.parametrize("distill", ["sampled", "full_kl"])
+    @pytest.mark.parametrize("distill", ["sampled", "full_kl", "topk_forward_kl"])
     def test_the_loss_is_that_without_the_masked_tokens_distillation(self, distill: str, tmp_path: Path) -> None:
         config = make_config(tmp_path, objective={"truncated": "incorrect", "distill": distill})
         learner = Learner(make_engines(config, dtype=torch.float64), config.train)
@@ -253,7 +253,8 @@ class TestWhichTokensTheyAre:
             assert (done.rule, done.foreign, done.own) == (rule, {END_ID}, EOS_ID)
             assert judged(rule, None)[0] == "FAIL"
         assert judged("score", None)[0] == "warn"
-        assert judged("map", (EOS_ID,), distill="full_kl")[0] == "FAIL"
+        for kind in ("full_kl", "topk_reverse_kl"):
+            assert judged("map", (EOS_ID,), distill=kind)[0] == "FAIL"
         assert judged("exclude", (EOS_ID,), distill="full_kl")[0] == "ok"
 
 

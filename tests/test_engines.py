@@ -113,6 +113,10 @@ def test_the_teachers_logits_and_the_reference_are_there_where_they_are_asked_fo
     assert asked.teacher_head is not None
     assert asked.reference is not None
     assert (asked.surrogate.distill, asked.surrogate.reference_kl) == ("full_kl", 0.1)
+    few = build_engines(configured(pair, "objective.distill=topk_forward_kl", "objective.topk=7")).engines
+    assert few.teacher_head is not None
+    assert (few.surrogate.distill, few.surrogate.topk) == ("topk_forward_kl", 7)
+    assert few.surrogate.common_vocabulary
 
 
 @pytest.mark.parametrize("convention", TEMPERATURES)

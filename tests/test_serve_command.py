@@ -49,6 +49,13 @@ def option(launch: Launch, name: str) -> str:
 
 
 class TestFlags:
+    def test_a_teacher_gives_as_many_likeliest_tokens_as_the_objective_asks_for(self) -> None:
+        asked = ("objective.distill=topk_reverse_kl", "objective.topk=100")
+        assert option(planned("teacher", *asked), "--max-logprobs") == "100"
+        assert option(planned("student", *asked), "--max-logprobs") == "64"
+        assert option(planned("teacher", "objective.topk=100"), "--max-logprobs") == "64"
+        assert option(planned("teacher", *asked, "serving.teacher.max_logprobs=200"), "--max-logprobs") == "200"
+
     def test_a_teacher_bounds_its_chunks_and_serves_no_development_routes(self) -> None:
         launch = planned("teacher", served=Served("m", vocabulary=151_936))
         assert launch.argv[:3] == ("py", "-m", "vllm.entrypoints.openai.api_server")

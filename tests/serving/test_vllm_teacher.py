@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 from vllm_server import KEY, MODEL, PYTHON, VllmServer
 
@@ -74,6 +75,33 @@ def test_scores_equal_those_of_the_teacher_in_process(name: str, folders: Path, 
     print(f"\n{name}: {len(gaps)} tokens, largest difference {max(gaps):.2g}")
     assert len(gaps) == sum(len(rollout.token_ids) for rollout in rollouts)
     assert max(gaps) <= 1e-4
+
+
+def test_the_likeliest_tokens_are_those_of_the_teacher_in_process(folders: Path, three: dict[str, VllmServer]) -> None:
+    rollouts = made_rollouts(12, seed=3, longest=60)
+    model = AutoModelForCausalLM.from_pretrained(folders / "untied").eval()
+    client = {"key": KEY, "model": MODEL, "client": PATIENT, "top_k": 20}
+    with teacher_of(three["untied"].url, **client) as teacher:
+        found = asyncio.run(teacher.score(rollouts))
+    worst = 0.0
+    for rollout, score in zip(rollouts, found, strict=True):
+        assert score.topk is not None
+        assert score.topk.k == 20
+        assert len(score.topk) == len(rollout.token_ids)
+        with torch.no_grad():
+            logits = model(torch.tensor([[*rollout.prompt_token_ids, *rollout.token_ids]])).logits[0]
+        expected = logits[len(rollout.prompt_token_ids) - 1 : -1].log_softmax(-1)
+        for row, pairs in zip(expected, score.topk, strict=True):
+            ids, values = zip(*pairs, strict=True)
+            worst = max(worst, float((row[list(ids)] - torch.tensor(values)).abs().max()))
+            worst = max(worst, float((row.topk(20).values - torch.tensor(values)).abs().max()))
+    print(f"\nlargest difference {worst:.2g}")
+    assert worst <= 1e-4
+    with (
+        pytest.raises(ConfigError, match="--max-logprobs 65"),
+        teacher_of(three["untied"].url, **{**client, "top_k": 65}),
+    ):
+        pass
 
 
 def test_scope_score_gives_the_same_numbers(
