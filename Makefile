@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: help install demo test vllm test-serving check lint types imports kill-test bench wheel clean
+.PHONY: help install demo test vllm test-serving check lint types imports test-kill bench wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list.
@@ -59,8 +59,8 @@ types: $(VENV)/.test  ## Static types.
 imports: $(VENV)/.test  ## Which room may import which.
 	$(BIN)/lint-imports
 
-kill-test: $(VENV)/.test  ## Kill training runs in every phase, resume them and compare bit by bit (minutes).
-	SCOPE_KILLS=20 $(PYTEST) -s tests/test_kill.py
+test-kill: $(VENV)/.test  ## Kill training runs in every phase, resume them and compare bit by bit (minutes).
+	SCOPE_KILLS=21 SCOPE_KILLS_OF_TWO=10 $(PYTEST) -s tests/test_kill.py
 
 bench: $(VENV)/.test  ## Step time of our methods by stage.
 	$(BIN)/python benchmarks/against_trl.py
