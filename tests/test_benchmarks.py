@@ -15,10 +15,6 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-TINY = {
-    "zoo-steps": 2, "eval-problems": 4, "eval-n": 2, "steps": 2, "prompts": 3, "n": 2, "max-tokens": 12,
-    "microbatch-tokens": 128, "sampler-tokens": 4, "repeats": 1, "vocabulary": 512,
-}  # fmt: skip
 
 
 def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -50,37 +46,36 @@ def test_a_benchmark_names_its_options(script: str) -> None:
 
 
 def test_the_gpu_script_scaled_down_prints_one_line_with_every_figure() -> None:
-    done = run("gpu.py", "--tiny", "--cpu", *(word for key, value in TINY.items() for word in (f"--{key}", str(value))))
+    done = run("update_gpu.py", "--smoke", "--parts", "update-0.6b-16k", "logprobs-4k", "sampler", "step")
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     report = json.loads(line, parse_constant=refuse)
-    assert report["device"]["type"] == "cpu"
-    assert set(report["versions"]) == {"scope_opd", "python", "torch", "cuda", "transformers"}
-    for name, steps in (("zoo", 2), ("zoo_cpu", 2), ("pair", 2)):
-        part = report[name]
-        assert part["steps"] == steps
-        assert set(part["stages_s"]) == {"generation", "verify", "teacher", "update", "step"}
-        assert all(figure > 0 for figure in part["tokens_per_s"].values())
-        assert part["microbatches"] > 0
-    for moment in ("before", "after"):
-        assert set(report["zoo"][moment]) == {"T=0.6", "T=1"}
-        low, high = report["zoo"][moment]["T=0.6"]["ci95"]
-        assert low <= report["zoo"][moment]["T=0.6"]["avg@2"] <= high
-    assert len(report["zoo"]["evaluations_s"]) == 2
-    assert report["agreement"] == {
-        "rollouts": 16, "same_tokens": 16, "largest_logprob_difference": 0.0, "mean_logprob_difference": 0.0,
-    }  # fmt: skip
-    assert set(report["sampler"]["ratio"]) == {"autocast", "bfloat16"}
+    assert {"device", "python", "torch", "cuda", "transformers"} <= set(report)
+    update, logprobs, sampler, step = report["parts"].values()
+    assert set(update["stages_s"]) == {"forward_backward", "optimiser"}
+    assert update["tokens_per_s"] > 0
+    assert update["packed"]
+    assert update["memory"]["planned_gib"] > 0
+    assert set(logprobs["ratios"]) == {"naive", "chunked", "chunked, no entropy", "chunked, frozen head"}
+    assert {"ours / generate, autocast", "ours / generate, bfloat16", "ours / generate_batch, bfloat16"} <= set(sampler)
+    assert set(step["stages_s"]) == {"generation", "verify", "teacher", "update", "step"}
+    assert all(figure > 0 for figure in step["tokens_per_s"].values())
 
 
 def test_a_part_that_fails_leaves_the_others_and_exit_code_one() -> None:
-    options = {**TINY, "microbatch-tokens": 0}
-    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    done = run("gpu.py", "--tiny", "--parts", "pair", "sampler", *words)
+    done = run("update_gpu.py", "--smoke", "--parts", "step", "agreement", "--max-tokens", "0")
     assert done.returncode == 1
     report = json.loads(done.stdout)
-    assert "expected greater than 0" in report["pair"]["error"]
-    assert report["sampler"]["rows"] == TINY["prompts"] * TINY["n"]
+    assert report["failed"] == ["step"]
+    assert "ZeroDivisionError" in report["parts"]["step"]["error"]
+    agreement = report["parts"]["agreement"]
+    assert agreement["cpu, packed"]["gradient_relative_l2"] < 1e-4
+
+
+def test_a_part_that_hangs_is_ended() -> None:
+    done = run("update_gpu.py", "--smoke", "--parts", "agreement", "--part-limit-s", "0.2")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["parts"]["agreement"]["error"] == "not done within 0.2 s; killed"
 
 
 def test_the_teacher_pool_gives_no_wrong_number_and_leaves_nothing() -> None:
