@@ -60,8 +60,8 @@ def export_model(
         if adapted(model):
             save_adapter(model, writing / ADAPTER, config.model.path, weights)
         tokenizer.save_pretrained(writing)
-        for weights in writing.glob("**/*.safetensors"):  # written for the owner alone, unlike the rest
-            shutil.copymode(writing / "config.json", weights)
+        for file in writing.glob("**/*.safetensors"):  # written for the owner alone, unlike the rest
+            shutil.copymode(writing / "config.json", file)
         card = model_card(config, steps, metrics, evaluations, adapter=adapted(model))
         (writing / "README.md").write_text(card, encoding="utf-8")
         replace_folder(writing, folder)
