@@ -281,16 +281,18 @@ class TestArithmetic:
 
     def test_shares_of_all_ranks_make_up_the_whole(self) -> None:
         student = self.student()
-        alone, shared = (resident(student, layout, {}) for layout in (Layout(4), Layout(4, sharded=True)))
+        alone, shared = (resident(student, layout, {}) for layout in (Layout(), Layout(4, 4)))
         assert all(4 * shared[part] >= alone[part] > 4 * (shared[part] - 1) for part in alone)
+        assert shared.keys() - alone.keys() == {"plain copy"}
+        assert resident(student, Layout(8, 4), {}) == shared  # dealt to the ranks of each machine
 
     def test_sharding_gathers_root_and_two_layers(self) -> None:
         student = self.student(autocast=torch.bfloat16)
-        stage = Updates(student, Layout(4, sharded=True)).stage(1024)
+        stage = Updates(student, Layout(4, 4)).stage(1024)
         shape = student.shape
         assert stage.parts["gathered weights"] == 2 * (shape.root_parameters + 2 * shape.layer_parameters)
         assert "cast weights" not in stage.parts
-        assert "gathered weights" not in Updates(student, Layout(1, sharded=True)).stage(1024).parts
+        assert "gathered weights" not in Updates(student, Layout()).stage(1024).parts
 
     def test_the_largest_that_fits_is_found(self) -> None:
         assert largest(lambda tokens: tokens, 1000, 1 << 20) == 896

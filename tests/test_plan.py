@@ -49,8 +49,8 @@ def settings(folder: Path, **tables: dict[str, Any]) -> Config:
     return validate_config(values)
 
 
-def machine(memory: float = 80, ranks: int = 1, sharded: bool = True) -> Machine:
-    return Machine(ranks, int(memory * GB), 0, sharded)
+def machine(memory: float = 80, ranks: int = 1) -> Machine:
+    return Machine(ranks, int(memory * GB), 0)
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
@@ -192,3 +192,27 @@ class TestPlan:
     def test_the_zoo_is_planned_too(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["plan", str(ROOT / "configs" / "demo.toml"), "--gpu-memory", "16"]) == 0
         assert "fits:" in capsys.readouterr().out
+
+
+class TestSeveralRanks:
+    def test_the_state_is_dealt_to_all_or_to_those_of_a_machine(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = tmp_path / "a.toml"
+        file.write_text(f'[model]\npath = "{folder}"\n[objective]\nmethod = "grpo"\n', encoding="utf-8")
+        weights = {}
+        for how in ("full", "hybrid"):
+            options = ["--gpus", "16", "--machine-gpus", "4", "--set", f"train.shard={how}", "--json"]
+            assert main(["plan", str(file), *options]) == 0
+            found = json.loads(capsys.readouterr().out)
+            weights[how] = found["stages"]["update"]["parts"]["weights"]
+            assert ("of each machine" in found["layout"]) == (how == "hybrid")
+        assert weights["hybrid"] == pytest.approx(4 * weights["full"], rel=1e-3)
+
+    def test_weights_by_ipc_reach_no_gpu_but_rank_0s(self, folder: Path) -> None:
+        urls = [f"http://127.0.0.1:81{k:02}/v1" for k in range(2)]
+        served = {"base_urls": urls, "model": "student", "colocated": True, "sync": "ipc"}
+        flags = {"student": {"gpu_memory_utilization": 0.5}}
+        for ranks, failures in ((1, 0), (2, 1)):
+            found = plan(settings(folder, rollout=served, serving=flags), machine(ranks=ranks))
+            assert sum("'ipc'" in line for line in found.failures) == failures

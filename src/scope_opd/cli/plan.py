@@ -28,13 +28,19 @@ class Machine:
         ranks: GPUs that train.
         memory: bytes of one.
         reserve: bytes of it that hold no tensor: CUDA's context, workspaces, NCCL, an allocator's slack.
-        sharded: ranks share weights, gradients and optimiser states.
+        machine: GPUs of one machine, among which train.shard = "hybrid" deals the state.
     """
 
     ranks: int
     memory: int
     reserve: int
-    sharded: bool
+    machine: int = 8
+
+    def layout(self, config: Config) -> Layout:
+        """How the ranks of a run lie on it."""
+        from scope_opd.models.memory import Layout
+
+        return Layout(self.ranks, min(self.ranks, self.machine) if config.train.shard == "hybrid" else self.ranks)
 
 
 @dataclass(slots=True)
@@ -84,10 +90,10 @@ def plan(config: Config, machine: Machine, *, mean_response: int | None = None) 
     from scope_opd.cli.plan_servers import plan_servers
     from scope_opd.models.footprint import shape_of
     from scope_opd.models.loading import context_length
-    from scope_opd.models.memory import Layout, Updates
+    from scope_opd.models.memory import Updates
 
     found = Plan()
-    layout = Layout(machine.ranks, machine.sharded and machine.ranks > 1)
+    layout = machine.layout(config)
     student = _student(config)
     found.shapes["student"] = student.shape
     method = build_configured_method(config)

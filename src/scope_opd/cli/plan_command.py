@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -35,7 +35,7 @@ def plan(
     *,
     gpus: int = 1,
     gpu_memory: float = 80.0,
-    sharding: Literal["auto", "full", "none"] = "auto",
+    machine_gpus: int = 8,
     reserve: float = RESERVE_GB,
     mean_response: int | None = None,
     tflops: float | None = None,
@@ -58,9 +58,8 @@ def plan(
         GPUs that train. Servers have their own, unless rollout.colocated.
     gpu_memory
         Memory of one GPU, in GB (1e9 bytes).
-    sharding
-        full: the ranks share weights, gradients and optimiser states. none: each
-        keeps all. auto: full where there is more than one.
+    machine_gpus
+        GPUs that train on one machine; train.shard = "hybrid" needs to know.
     reserve
         GB that hold no tensor: CUDA context, workspaces, NCCL, slack. An allowance.
     mean_response
@@ -79,6 +78,7 @@ def plan(
 
     for option, value, right in (
         ("--gpus", gpus, gpus >= 1),
+        ("--machine-gpus", machine_gpus, machine_gpus >= 1),
         ("--gpu-memory", gpu_memory, 0 < gpu_memory < 1e5),
         ("--reserve", reserve, 0 <= reserve < gpu_memory),
         ("--mean-response", mean_response, mean_response is None or mean_response >= 1),
@@ -91,7 +91,7 @@ def plan(
     from scope_opd.cli.plan import Machine
     from scope_opd.cli.plan import plan as find
 
-    machine = Machine(gpus, int(gpu_memory * 1e9), int(reserve * 1e9), sharding != "none")
+    machine = Machine(gpus, int(gpu_memory * 1e9), int(reserve * 1e9), machine_gpus)
     found = find(settings, machine, mean_response=mean_response)
     figures = as_figures(settings, machine, found)
     if tflops is not None:
@@ -130,7 +130,7 @@ def as_figures(config: Config, machine: Machine, found: Plan) -> dict[str, Any]:
         "gpus": machine.ranks + extra,
         "gpu_memory": machine.memory,
         "reserve": machine.reserve,
-        "layout": _layout(machine),
+        "layout": _layout(config, machine),
         "models": {
             name: {"parameters": shape.parameters, "layers": shape.layers, "vocabulary": shape.vocabulary}
             for name, shape in found.shapes.items()
@@ -151,11 +151,13 @@ def as_figures(config: Config, machine: Machine, found: Plan) -> dict[str, Any]:
     }
 
 
-def _layout(machine: Machine) -> str:
+def _layout(config: Config, machine: Machine) -> str:
     if machine.ranks == 1:
         return "one rank"
-    kept = "weights, gradients and optimiser states in shares" if machine.sharded else "each with all of the state"
-    return f"{machine.ranks} ranks, {kept}"
+    shards = machine.layout(config).shards
+    if shards == machine.ranks:
+        return f"{machine.ranks} ranks, weights, gradients and optimiser states dealt to all of them"
+    return f"{machine.ranks} ranks, weights, gradients and optimiser states dealt to the {shards} of each machine"
 
 
 def _show(name: str, machine: Machine, found: Plan, figures: dict[str, Any]) -> None:
@@ -163,9 +165,9 @@ def _show(name: str, machine: Machine, found: Plan, figures: dict[str, Any]) -> 
     from scope_opd.cli.show import show_table
 
     models = ", ".join(f"{who} {_millions(shape.parameters)} parameters" for who, shape in found.shapes.items())
-    print(f"{name}: {models}; {_layout(machine)}; {counted(figures['gpus'], 'GPU')} of {gb(machine.memory)} in all")
+    print(f"{name}: {models}; {figures['layout']}; {counted(figures['gpus'], 'GPU')} of {gb(machine.memory)} in all")
     if machine.ranks > 1:
-        print("planned layout: the arithmetic of sharding is on paper until a run with several ranks has been measured")
+        print("several GPUs have not been measured: what ranks gather and add up is planned as FSDP2 is read to do it")
     unit, name_of = (1e9, "GB") if found.largest.total >= 1e9 else (1e6, "MB")
     cell = partial(_cell, unit=unit)
     parts = list(dict.fromkeys(part for stage in found.stages for part in stage.parts))

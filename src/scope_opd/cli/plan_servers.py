@@ -32,7 +32,12 @@ def plan_servers(config: Config, machine: Machine, found: Plan, student: Student
         server = _server(config, machine, flags, "student", student.config, VLLM_CHUNK, wanted)
         found.servers["sampler"] = (count, flags.tensor_parallel_size, server)
         if config.rollout.colocated:
-            _colocated(machine, found, student, server)
+            _colocated(config, machine, found, student, server)
+        if config.rollout.sync == "ipc" and machine.ranks > 1:
+            found.failures.append(
+                f"rollout.sync = 'ipc' with {machine.ranks} ranks: it reaches only a server on the GPU of rank 0; "
+                "use 'files' or 'gloo'"
+            )
     if teacher is not None and config.teacher.served:
         urls = {*config.teacher.base_urls} | {
             url for route in config.teacher.routes.values() for url in route.base_urls
@@ -87,10 +92,9 @@ def _server(
     )
 
 
-def _colocated(machine: Machine, found: Plan, student: Student, server: Server) -> None:
+def _colocated(config: Config, machine: Machine, found: Plan, student: Student, server: Server) -> None:
     """While servers on the trainer's GPU are awake, the trainer keeps weights and optimiser states there."""
-    from scope_opd.models.memory import Layout, Stage, resident
+    from scope_opd.models.memory import Stage, resident
 
-    layout = Layout(machine.ranks, machine.sharded and machine.ranks > 1)
-    parts = resident(student, layout, {}) | {"sampler server's budget": server.budget}
+    parts = resident(student, machine.layout(config), {}) | {"sampler server's budget": server.budget}
     found.stages.insert(0, Stage("generation", parts, "decoding"))

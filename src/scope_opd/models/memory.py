@@ -1,9 +1,9 @@
 """Memory of a trainer's rank and of a server, part by part: sums of what ``footprint`` counts. Pure arithmetic.
 
 A stage's memory is the sum of its parts; a rank needs that of its largest stage. Weights, gradients and optimiser
-states are kept once a rank, or in equal shares (``Layout.sharded``), in which case layers are gathered as they are
-computed. The allowance for what no tensor holds (CUDA's context, libraries' workspaces, an allocator's slack) is the
-caller's.
+states are kept once a rank, or in equal shares (``Layout.shards``), in which case layers are gathered as they are
+computed, and their gradients are whole until they are added up. The allowance for what no tensor holds (CUDA's context,
+libraries' workspaces, an allocator's slack) is the caller's.
 
 Not covered: tensor parallelism of the trainer; of offloaded states, the CPU's memory.
 """
@@ -39,15 +39,15 @@ class Layout:
 
     Attributes:
         world: ranks.
-        sharded: each rank keeps 1 / world of weights, gradients and optimiser states.
+        shards: of them, those among which weights, gradients and optimiser states are dealt: all, or a machine's.
     """
 
     world: int = 1
-    sharded: bool = False
+    shards: int = 1
 
     def share(self, size: int) -> int:
         """What one rank keeps of ``size`` bytes."""
-        return -(-size // self.world) if self.sharded else size
+        return -(-size // self.shards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class Student:
         """Bytes of whole weights that a rank holds beside its share: embedding and head throughout, two layers."""
         width = (self.autocast or self.dtype).itemsize
         whole = self.shape.root_parameters + 2 * self.shape.layer_parameters
-        return whole * width if layout.sharded and layout.world > 1 else 0
+        return whole * width if layout.shards > 1 else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +131,15 @@ class Stage:
 
 
 def resident(student: Student, layout: Layout, frozen: Parts) -> Parts:
-    """What a rank holds in every stage: weights, optimiser states, and ``frozen`` models."""
+    """What a rank holds in every stage: weights, optimiser states, and ``frozen`` models.
+
+    With several ranks also a plain copy in the dtype that the student computes in, which decodes or is published. Where
+    servers sample only rank 0 has it; planned is the rank that needs most.
+    """
+    computes = (student.autocast or student.dtype).itemsize
     return {
         "weights": layout.share(student.weights),
+        **({"plain copy": student.shape.parameters * computes} if layout.world > 1 else {}),
         "optimiser states": layout.share(student.states),
         **{name: size for name, size in frozen.items() if size},
     }
@@ -213,7 +219,7 @@ def generation_stage(
     """Sampling in process.
 
     Args:
-        student, layout: what samples; where it is sharded, with a gathered copy in the dtype that it computes in.
+        student, layout: what samples; with several ranks a plain copy does.
         rows: sequences decoded at once, all of full length.
         prompts: prompts among them, read together.
         prompt_tokens, max_tokens: lengths.
@@ -235,11 +241,8 @@ def generation_stage(
         "reading the prompts": reading,
     }
     moment, parts = max((("decoding", decoding), ("prefill", prefill)), key=lambda found: sum(found[1].values()))
-    if student.autocast is not None:
+    if student.autocast is not None and layout.world == 1:
         parts["cast weights"] = shape.matrix_parameters * compute.itemsize
-    if layout.sharded and layout.world > 1:
-        parts["decode copy"] = shape.parameters * compute.itemsize
-        parts.pop("cast weights", None)
     return Stage("generation", resident(student, layout, frozen) | parts, moment)
 
 
@@ -370,10 +373,29 @@ def _as_sharded(student: Student, layout: Layout, moments: Moments) -> Moments:
     gathered = student.gathered(layout)
     if not gathered:
         return moments
+    under_way = _gradients_under_way(student)
     found: Moments = {}
     for name, parts in moments.items():
         found[name] = Counter(parts)
         if name != "optimiser":
             found[name].pop("cast weights", None)  # what is gathered is cast already
             found[name]["gathered weights"] = gathered
+            found[name]["gradients not yet dealt"] = under_way.get(name, 0)
     return found
+
+
+def _gradients_under_way(student: Student) -> Counter[str]:
+    """Whole gradients on a rank, by moment: a unit's are there until its backward pass is over; then a copy in the
+    dtype of the sum is added up over ranks, and lives until the next unit's is. Embedding and head are the last."""
+    if student.shape.adapters:
+        return Counter()  # a layer's adapters are small beside everything else
+    computes, summed = (student.autocast or student.dtype).itemsize, student.dtype.itemsize
+    root, layer = student.shape.root_parameters, student.shape.layer_parameters
+    layers = root * computes + layer * (computes + 2 * summed)
+    return Counter(
+        {
+            "head": root * computes,
+            **dict.fromkeys(("top layer", "lower layers", "lowest layer"), layers),
+            "embedding": root * (computes + summed) + layer * summed,
+        }
+    )
