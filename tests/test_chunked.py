@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from scope_opd.models import head as head_module
 from scope_opd.models.head import HeadView, response_logprobs, score_hidden
+from scope_opd.objective import tiles as tiles_module
 from scope_opd.objective.chunked import Tail, chunked_logprobs, chunked_topk
 from test_models import ALL_KINDS, ragged
 from tiny import tiny_model
@@ -471,3 +472,31 @@ def test_nothing_of_the_vocabularys_width_is_kept_for_the_backward_pass() -> Non
     assert max(saved_sizes(lambda: chunked_logprobs(hidden, weight, targets))) == weight.numel()
     frozen = copy.deepcopy(weight).requires_grad_(False)
     assert max(saved_sizes(lambda: chunked_logprobs(hidden, frozen, targets))) == weight.numel()
+
+
+def test_products_that_are_never_rounded_are_used_where_the_device_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's half-precision products with float32 sums, played by float32 products of the same factors."""
+    hidden, weight = (draw(*shape, seed=i, dtype=torch.bfloat16) for i, shape in enumerate([(12, 16), (40, 16)]))
+    targets, upstream = draw_ids(12, 1, 40)[:, 0], draw(12, seed=5, dtype=torch.float32)
+
+    def score(dtype: torch.dtype) -> list[Tensor]:
+        inputs = [part.detach().to(dtype).requires_grad_() for part in (hidden, weight)]
+        found = chunked_logprobs(*inputs, targets, 0.6, tile_tokens=5, tile_vocabulary=16)
+        return [
+            found.logprobs.detach(),
+            *torch.autograd.grad((found.logprobs * upstream.to(found.logprobs)).sum(), inputs),
+        ]
+
+    def distance(found: list[Tensor]) -> list[float]:
+        return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+
+    def played(to: Tensor, left: Tensor, right: Tensor, *, alpha: float, beta: float = 1.0) -> None:
+        torch.addmm(to, left.float(), right.float(), beta=beta, alpha=alpha, out=to)
+
+    exact, rounded = score(torch.float64), score(torch.bfloat16)
+    assert not tiles_module.multiplies_wide(hidden.device, torch.bfloat16)
+    monkeypatch.setattr(tiles_module, "multiplies_wide", lambda device, dtype: True)
+    monkeypatch.setattr(tiles_module, "_addmm_wide", played)
+    wide = distance(score(torch.bfloat16))
+    assert wide[0] < 1e-6 < distance(rounded)[0]
+    assert all(0 < left < right for left, right in zip(wide[1:], distance(rounded)[1:], strict=True))

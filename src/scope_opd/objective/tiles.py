@@ -8,6 +8,7 @@ block. Not covered: what the figures mean (see ``objective.chunked``).
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -116,6 +117,8 @@ class Tiles:
         out = self.buffer(0, chunk, block)
         if self.plan.compute == self.plan.wide:
             torch.addmm(out, self.hidden[chunk], rows.t(), beta=0, alpha=self.plan.factor, out=out)
+        elif not self.plan.dry and multiplies_wide(out.device, self.plan.compute):
+            _addmm_wide(out, self.hidden[chunk], rows.t(), beta=0, alpha=self.plan.factor)
         else:
             torch.mul(torch.mm(self.hidden[chunk], rows.t()), self.plan.factor, out=out)
         return out if bias is None else out.add_(bias)
@@ -332,5 +335,28 @@ def _add_product(to: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
     """to += alpha left right, the product in the dtype of ``right``."""
     if right.dtype == to.dtype:
         to.addmm_(left, right, alpha=alpha)
+    elif multiplies_wide(to.device, right.dtype):
+        _addmm_wide(to, left.to(right.dtype), right, alpha=alpha)
     else:
         to.add_(torch.mm(left.to(right.dtype), right), alpha=alpha)
+
+
+def _addmm_wide(to: Tensor, left: Tensor, right: Tensor, *, alpha: float, beta: float = 1.0) -> None:
+    """to = beta to + alpha left right in place: factors in half precision, a float32 sum that is never rounded."""
+    torch.addmm(to, left, right, out_dtype=to.dtype, beta=beta, alpha=alpha, out=to)
+
+
+@functools.cache
+def multiplies_wide(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch has ``_addmm_wide`` for a device, and gets a small product right; GPUs of late versions do."""
+    if device.type != "cuda":
+        return False
+    left = torch.eye(16, dtype=dtype, device=device) * 3.0
+    right = torch.arange(256, device=device).reshape(16, 16).to(dtype) + 1.0
+    to = torch.full((16, 16), torch.nan, device=device)
+    try:
+        _addmm_wide(to, left, right, beta=0.0, alpha=0.5)
+        _addmm_wide(to, left, right, alpha=0.5)
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
+    return bool(torch.equal(to, 3.0 * right.float()))
