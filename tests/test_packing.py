@@ -183,9 +183,9 @@ def test_attention_groups_hold_every_sequence_once_with_little_padding(lengths: 
 
 def test_equal_lengths_and_single_sequences_go_to_attention_without_a_copy() -> None:
     for lengths in ([12, 12, 12], [40]):
-        groups, order = Layout(tuple(lengths)).groups(torch.device("cpu"))
-        assert order is None
-        assert [group.places for group in groups] == [None]
+        layout = Layout(tuple(lengths))
+        assert layout.moves(torch.device("cpu")) is None
+        assert [group.cells for group in layout.groups] == [sum(lengths)]
 
 
 # ---- dealing

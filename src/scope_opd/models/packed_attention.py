@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -39,18 +39,28 @@ _packed: ContextVar[bool] = ContextVar("packed", default=False)
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Sequences that go through attention together.
+    """Sequences that go through attention together: ``members`` of the row, padded to ``longest``."""
+
+    members: tuple[int, ...]
+    longest: int
+
+    @property
+    def cells(self) -> int:
+        """With padding."""
+        return len(self.members) * self.longest
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """How a row of N tokens becomes the cells of its groups, one group after the other, and back.
 
     Attributes:
-        rows, longest: sides of the batch.
-        start: where in the row its tokens begin, if they lie there in order and without padding.
-        places: I[rows x longest], where in the row its tokens come from otherwise; for padding the sequence's last.
+        places: I[cells], where in the row each comes from; for padding the sequence's last token.
+        cells: I[N], the cell of each token.
     """
 
-    rows: int
-    longest: int
-    start: int
-    places: Tensor | None
+    places: Tensor
+    cells: Tensor
 
 
 @dataclass(eq=False)
@@ -58,24 +68,32 @@ class Layout:
     """Lengths of the sequences of a row, and how attention takes them; made once and used by every layer."""
 
     lengths: tuple[int, ...]
-    _groups: dict[str, tuple[list[Group], Tensor | None]] = field(default_factory=dict)
+    _moves: dict[str, Moves] = field(default_factory=dict)
     _bands: dict[tuple[int, int, str], Tensor] = field(default_factory=dict)
 
-    def groups(self, device: torch.device) -> tuple[list[Group], Tensor | None]:
-        """The groups, and I[N]: the cell of each token, all groups' cells in a row (None: its own place)."""
+    @functools.cached_property
+    def groups(self) -> list[Group]:
+        """Every sequence in one of them."""
+        return [Group(tuple(members), self.lengths[members[0]]) for members in _alike(self.lengths)]
+
+    def moves(self, device: torch.device) -> Moves | None:
+        """None where the cells of the groups are the row as it is."""
+        order = [index for group in self.groups for index in group.members]
+        if order == sorted(order) and sum(group.cells for group in self.groups) == sum(self.lengths):
+            return None
         name = str(device)
-        if name not in self._groups:
+        if name not in self._moves:
             starts = [0, *accumulate(self.lengths)]
-            made = [_group(self.lengths, starts, members, device) for members in _alike(self.lengths)]
-            groups = [group for group, _ in made]
-            order = None
-            if len(groups) > 1 or groups[0].places is not None:
-                offsets = [0, *accumulate(group.rows * group.longest for group in groups)]
-                order = torch.empty(starts[-1], dtype=torch.long, device=device)
-                for offset, group, (_, cells) in zip(offsets, groups, made, strict=False):
-                    order[_places(group, device)[cells]] = cells + offset
-            self._groups[name] = groups, order
-        return self._groups[name]
+            places, cells = [], torch.empty(starts[-1], dtype=torch.long)
+            first = 0
+            for group in self.groups:
+                for index in group.members:
+                    length = self.lengths[index]
+                    cells[starts[index] : starts[index + 1]] = torch.arange(first, first + length)
+                    places.append(starts[index] + torch.arange(group.longest).clamp_max(length - 1))
+                    first += group.longest
+            self._moves[name] = Moves(torch.cat(places).to(device), cells.to(device))
+        return self._moves[name]
 
     def band(self, longest: int, window: int, device: torch.device) -> Tensor:
         """bool[longest, longest], True where a query sees a key: itself and the window - 1 before it."""
@@ -150,24 +168,25 @@ def packed_attention(
     if kernel is not None and not dropout:
         longest = max(packed_layout.lengths)
         return kernel(*row, cu_seq_lens_q, longest, scaling, sliding_window)[None], None
-    groups, order = packed_layout.groups(query.device)
-    cells = [_attend(row, group, packed_layout, sliding_window, scaling, dropout) for group in groups]
-    if order is None:
-        return cells[0][None], None
-    return torch.cat(cells).index_select(0, order)[None], None
+    moves = packed_layout.moves(query.device)
+    if moves is not None:
+        row = tuple(part.index_select(0, moves.places) for part in row)
+    groups = packed_layout.groups
+    batches = zip(*(part.split([group.cells for group in groups]) for part in row), strict=True)
+    cells = [
+        _attend(batch, group, packed_layout, sliding_window, scaling, dropout)
+        for batch, group in zip(batches, groups, strict=True)
+    ]
+    whole = cells[0] if len(cells) == 1 else torch.cat(cells)
+    return (whole if moves is None else whole.index_select(0, moves.cells))[None], None
 
 
 def _attend(
-    row: tuple[Tensor, ...], group: Group, layout: Layout, window: int | None, scaling: float | None, dropout: float
+    batch: tuple[Tensor, ...], group: Group, layout: Layout, window: int | None, scaling: float | None, dropout: float
 ) -> Tensor:
-    """F[rows x longest, heads, D] of one group."""
-    size = group.rows * group.longest
-
-    def batch(part: Tensor) -> Tensor:
-        taken = part[group.start : group.start + size] if group.places is None else part.index_select(0, group.places)
-        return taken.unflatten(0, (group.rows, group.longest)).transpose(1, 2)
-
-    query, key, value = map(batch, row)
+    """F[cells, heads, D] of one group."""
+    sides = (len(group.members), group.longest)
+    query, key, value = (part.unflatten(0, sides).transpose(1, 2) for part in batch)
     band = layout.band(group.longest, window, query.device) if window and window < group.longest else None
     out = scaled_dot_product_attention(
         query, key, value, attn_mask=band, dropout_p=dropout, is_causal=band is None and group.longest > 1,
@@ -191,27 +210,6 @@ def _alike(lengths: tuple[int, ...]) -> list[list[int]]:
         groups.append([index])
         longest = total = length
     return groups
-
-
-def _group(
-    lengths: tuple[int, ...], starts: list[int], members: list[int], device: torch.device
-) -> tuple[Group, Tensor]:
-    """A group, and those of its cells that are tokens, I[tokens]."""
-    longest = lengths[members[0]]
-    place = torch.arange(longest, device=device)
-    sizes = torch.tensor([lengths[index] for index in members], device=device)[:, None]
-    cells = (place < sizes).flatten().nonzero()[:, 0]
-    consecutive = all(right == left + 1 for left, right in pairwise(members))
-    if consecutive and lengths[members[-1]] == longest:
-        return Group(len(members), longest, starts[members[0]], None), cells
-    begin = torch.tensor([starts[index] for index in members], device=device)[:, None]
-    return Group(len(members), longest, 0, (begin + torch.minimum(place, sizes - 1)).flatten()), cells
-
-
-def _places(group: Group, device: torch.device) -> Tensor:
-    if group.places is not None:
-        return group.places
-    return torch.arange(group.start, group.start + group.rows * group.longest, device=device)
 
 
 @functools.cache
