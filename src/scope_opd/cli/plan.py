@@ -1,6 +1,7 @@
 """From a config to the memory of its ranks and servers and the cost of a step. Nothing is loaded, nothing computed.
 
-Not covered: time, apart from FLOPs; host memory; a run in which the teacher samples (``kd``); ``full_kl``.
+Not covered: time, apart from FLOPs; host memory; a run in which the teacher samples (``kd``); the
+teacher's part in the update (``objective.distill`` other than "sampled").
 """
 
 from __future__ import annotations
