@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ import torch
 
 from scope_opd.config import Config, validate_config
 from scope_opd.errors import RunFailed, RunFolderError
+from scope_opd.models.fingerprint import weights_digest
 from scope_opd.records import iter_jsonl
 from scope_opd.train import RunInterrupted, train
-from scope_opd.train.resume import recorded_revisions, refuse_other_config, refuse_other_data
+from scope_opd.train.resume import recorded_revisions, refuse_other_config, refuse_other_data, refuse_other_models
 from scope_opd.train.runfolder import PHASES, RunFolder
+from scope_opd.train.shards import Shards
 from scope_opd.train.signals import Interrupted
+from tiny import tiny_model
 from train_kit import fake_evaluator, lasting, make_config, make_engines, same_weights, weights_of
 
 STEPS = 5
@@ -184,6 +188,73 @@ def test_run_id_stays_and_trackers_start_after_what_they_have(
     (folder / "run.json").unlink()  # the checkpoint knows it as well
     run(folder, resume=True)
     assert json.loads((folder / "run.json").read_text())["run_id"] == before["run_id"]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_disk_that_is_full_as_a_checkpoint_is_written_ends_the_run_at_a_boundary(
+    background: bool, whole: tuple[Path, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder, write, room = tmp_path / "run", Shards.write, [False]
+
+    def full(self: Shards) -> Any:
+        if self._folder.name.endswith("2") or room[0]:
+            return write(self)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Shards, "write", full)
+    tables = {**TABLES, "run": {"async_checkpoints": background}}
+    with pytest.raises(RunFailed, match="step-000004 could not be written: No space left on device"):
+        run(folder, tables=tables)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
+    assert json.loads((folder / "status.json").read_text())["step"] == (5 if background else 4)
+    room[0] = True
+    assert same_weights(weights_of(run(folder, resume=True, tables=tables)), whole[1])
+    assert_equal_runs(folder, whole[0])
+
+
+def test_a_changed_config_is_accepted_on_request_and_told_of(
+    whole: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    run(folder, tables={**TABLES, "train": {**TABLES["train"], "steps": 3}})
+    changed = {**TABLES, "objective": {"tau": 0.5}, "train": {**TABLES["train"], "lr": 1e-4}}
+    config = make_config(folder, **changed)
+    train(config, make_engines(config, evaluator=fake_evaluator), resume=True, allow_config_change=True, progress=False)
+    told = [row["message"] for row in rows(folder, "events") if row["kind"] == "config_change"]
+    assert told == ["accepted: objective.tau = 0.5 (was 1.0), train.lr = 0.0001 (was 0.001)"]
+    assert [row["lr"] for row in rows(folder, "metrics")][-2:] == [1e-4] * 2
+    run(folder, resume=True, tables=changed)  # it is the run's config from then on
+    for table, values in {"train": {"optimizer": "adamw"}, "model": {"path": "zoo:teacher"}}.items():
+        other = make_config(folder, **{**changed, table: {**changed.get(table, {}), **values}})
+        with pytest.raises(RunFolderError, match=rf"cannot be used with another {table}\."):
+            train(other, make_engines(other), resume=True, allow_config_change=True, progress=False)
+
+
+def test_another_teacher_or_student_under_the_same_name_is_refused(tmp_path: Path) -> None:
+    def served(value: float, tokens: str = "aa") -> dict[str, Any]:
+        return {"served": {"": {"tokens": tokens, "logprobs": [value, -1.0]}}}
+
+    folder, own = tmp_path / "run", weights_digest(tiny_model(seed=1))
+    models = {"student": {"weights": own}, "teacher": {"weights": weights_digest(tiny_model(seed=2))}}
+    run(folder, fingerprints=models)
+    run(folder, resume=True, fingerprints=models)
+    run(folder, resume=True)  # what is not known is not compared
+    for role in models:
+        other = {**models, role: {"weights": weights_digest(tiny_model(seed=3))}}
+        with pytest.raises(RunFolderError, match=f"the {role} is not the one that the run began with") as error:
+            run(folder, resume=True, fingerprints=other)
+        assert "\n" not in str(error.value)
+
+    def compare(was: Any, now: Any, *accepted: str) -> None:
+        refuse_other_models({"teacher": was}, {"teacher": now}, tolerance=0.05, accepted=accepted)
+
+    compare(served(-2.0), served(-2.04))
+    compare(served(-2.0), served(-9.0, tokens="bb"))
+    compare(served(-2.0), served(-9.0), "teacher.model = 'x' (was 'y')")
+    with pytest.raises(RunFolderError, match=r"differ by 0\.1 a token"):
+        compare(served(-2.0), served(-2.2))
+    with pytest.raises(RunFolderError, match="behind servers now"):
+        compare({"weights": own}, served(-2.0))
 
 
 @pytest.mark.parametrize(
@@ -363,6 +434,34 @@ def test_a_killed_process_resumes_to_the_same_bits_and_signals_exit_with_their_c
     process.communicate(timeout=60)
     assert process.returncode == 130
     assert not (folder / "checkpoints" / "step-000003").exists()
+
+    process = start(folder, "", resume=True)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert_equal_runs(folder, whole[0])
+
+
+def test_a_signal_waits_for_the_checkpoint_being_written_and_a_second_one_does_not(
+    whole: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    process = start(folder, "writing:2")
+    wait_for(process, "generation:2")  # training goes on meanwhile
+    assert not (folder / "checkpoints" / "step-000002").exists()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert not (folder / "checkpoints" / "step-000002").exists()
+
+    process = start(folder, "writing:2", resume=True)
+    wait_for(process, "generation:2")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert (folder / "checkpoints" / "step-000002").is_dir()
 
     process = start(folder, "", resume=True)
     _, errors = process.communicate(timeout=120)

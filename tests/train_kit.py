@@ -148,11 +148,15 @@ def files_limited_to(size: int) -> Iterator[None]:
 
 
 def main(folder: str, pause_in: str, resume: str) -> int:
-    """Train in a process of its own; print each phase, and sleep at the first ``pause_in`` ("phase:step")."""
+    """Train in a process of its own; print each phase, and sleep at the first ``pause_in`` ("phase:step").
+
+    "writing:step" is the thread that writes a checkpoint; it sleeps for two seconds only.
+    """
     import time
 
     from scope_opd.errors import ScopeError
     from scope_opd.train.runfolder import RunFolder
+    from scope_opd.train.shards import Shards
 
     config = load_config(Path(folder).with_suffix(".toml"))
     told: Callable[[RunFolder, int, str], None] = RunFolder.phase
@@ -163,7 +167,16 @@ def main(folder: str, pause_in: str, resume: str) -> int:
         if f"{name}:{step}" == pause_in:
             time.sleep(60)
 
-    RunFolder.phase = phase  # type: ignore[method-assign]
+    written = Shards.write
+
+    def write(self: Shards) -> Any:
+        name = f"writing:{int(self._folder.name[-6:])}"
+        print(name, flush=True)
+        if name == pause_in:
+            time.sleep(2)
+        return written(self)
+
+    RunFolder.phase, Shards.write = phase, write  # type: ignore[method-assign]
     try:
         train(config, make_engines(config, evaluator=fake_evaluator), resume=resume == "resume", progress=False)
     except ScopeError as error:
