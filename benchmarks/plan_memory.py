@@ -61,7 +61,7 @@ def plan(name: str) -> dict[str, Any]:
     config = config_of(name)
     tokens, checkpointing, dtype = CASES[name][8:]
     student = Student(
-        config, shape_of(config), dtype=getattr(torch, dtype), checkpointing=checkpointing, fused=False,
+        config, shape_of(config), dtype=getattr(torch, dtype), checkpointing=checkpointing,
         temperature=0.6,
     )  # fmt: skip
     begin = time.perf_counter()

@@ -223,7 +223,6 @@ def _student(config: Config) -> Student:
         checkpointing="full"
         if train.activation_checkpointing == "offload" and not gpu
         else train.activation_checkpointing,
-        fused=gpu,
         temperature=1.0 if raw else sampled,
         extra_temperature=sampled if raw and sampled != 1.0 else None,
     )

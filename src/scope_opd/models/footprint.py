@@ -47,7 +47,6 @@ class Shape:
         adapters: of low-rank adapters; where there are any, they alone are trained.
         muon_parameters: trained 2-D ones that are neither embedding nor head.
         block_parameters: trained ones whose states an 8-bit optimiser keeps in 8 bits.
-        largest: of the largest single trained tensor.
         layers, hidden, vocabulary: of the decoder, of the head.
         heads: attention heads x head size, the width of the queries.
         kv_heads, kv_width: key-value heads; times head size.
@@ -59,7 +58,6 @@ class Shape:
     adapters: int
     muon_parameters: int
     block_parameters: int
-    largest: int
     layers: int
     hidden: int
     vocabulary: int
@@ -109,7 +107,6 @@ def shape_of(config: Any, lora: LoraConfig | None = None) -> Shape:
         adapters=sum(p.numel() for p in trained) if lora is not None and lora.rank else 0,
         muon_parameters=sum(p.numel() for p in trained if p.ndim == 2 and id(p) not in outer),
         block_parameters=sum(p.numel() for p in trained if in_blocks(p)),
-        largest=max(p.numel() for p in trained),
         layers=len(layers),
         hidden=int(text.hidden_size),
         vocabulary=int((embedding if head is None else head).weight.shape[0]),

@@ -5,7 +5,8 @@ states are kept once a rank, or in equal shares (``Layout.shards``), in which ca
 computed, and their gradients are whole until they are added up. The allowance for what no tensor holds (CUDA's context,
 libraries' workspaces, an allocator's slack) is the caller's.
 
-Not covered: tensor parallelism of the trainer; of offloaded states, the CPU's memory.
+Not covered: tensor parallelism of the trainer; of offloaded states, the CPU's memory; what a step with 8-bit states
+makes for the time being.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ ADAPTER_BYTES = 4
 """Adapters are in float32."""
 PROMPT_LOGPROB_BYTES = 6
 """A bfloat16 logit and its float32 log-prob, of each prompt token of a chunk at once."""
-DRAW_BYTES = 20
+DRAW_BYTES = 12
 """What a float32 logit becomes as it is drawn from: divided by the temperature, its log-softmax, that exponentiated
-(float32 each), and the running sum in float64."""
+(float32 each)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,6 @@ class Student:
         offload: ``train.offload``.
         lora: its adapters.
         checkpointing: ``train.activation_checkpointing``.
-        fused: one kernel updates everything in place (AdamW on a GPU).
         temperature, extra_temperature: of the log-probs.
     """
 
@@ -74,7 +74,6 @@ class Student:
     offload: Literal["off", "optimizer"] = "off"
     lora: LoraConfig | None = None
     checkpointing: Setting = "off"
-    fused: bool = True
     temperature: float = 1.0
     extra_temperature: float | None = None
 
@@ -172,7 +171,7 @@ class Updates:
         return self._known[tokens]
 
     def _stage(self, moments: Moments) -> Stage:
-        moments = {**moments, "optimiser": _optimiser_moment(self.student, self.layout)}
+        moments = {**moments, "optimiser": _optimiser_moment(self.student)}
         moment, parts = peak(_as_sharded(self.student, self.layout, moments))
         return Stage("update", self.fixed | {name: size for name, size in parts.items() if size}, moment)
 
@@ -358,15 +357,13 @@ def _scoring(student: Student, tokens: int, rows: int = 1, head: bool = True) ->
     return scoring_moments(student.config, tokens, rows=rows, dtype=student.dtype, autocast=student.autocast, head=head)
 
 
-def _optimiser_moment(student: Student, layout: Layout) -> Counter[str]:
+def _optimiser_moment(student: Student) -> Counter[str]:
     """Temporary tensors of an optimiser step, one parameter after the other."""
     if student.optimizer == "muon":
         # The orthogonalisation of the largest matrix: update in the weights' dtype, four of its kind in bfloat16.
         matrix = max(student.shape.muon_parameters // max(student.shape.layers, 1) // 4, 1)
         return Counter({"optimiser step": matrix * (student.trained_width + 8)})
-    if student.fused or student.offload == "optimizer":
-        return Counter({"optimiser step": 0})
-    return Counter({"optimiser step": 2 * layout.share(student.shape.largest) * student.trained_width})
+    return Counter({"optimiser step": 0})  # a fused kernel updates everything in place
 
 
 def _as_sharded(student: Student, layout: Layout, moments: Moments) -> Moments:

@@ -1,6 +1,6 @@
 """Optimisers and learning-rate schedules.
 
-AdamW (fused on a GPU), torchao's AdamW with 8-bit states, or torch's Muon on hidden matrices with AdamW on the rest.
+AdamW (one fused kernel), torchao's AdamW with 8-bit states, or torch's Muon on hidden matrices with AdamW on the rest.
 Weight decay acts on parameters of two and more dimensions (embeddings included) and spares norms and biases, as Hugging
 Face's Trainer has it. AdamW's states, and with them its step, may be in CPU memory while the model is on a GPU.
 
@@ -78,13 +78,12 @@ class Optimizer:
                 {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
                 {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
             ]
-            on_gpu = all(parameter.is_cuda for parameter in rest)
             options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
             groups = [group for group in groups if group["params"]]
             if config.optimizer == "adamw_8bit":
                 self._parts.append(_adamw_8bit()(groups, **options))
             else:
-                self._parts.append(torch.optim.AdamW(groups, fused=True if on_gpu else None, **options))
+                self._parts.append(torch.optim.AdamW(groups, fused=True, **options))
         # What torchao compiles for a GPU would take a C++ compiler and minutes on a CPU.
         self._eager = config.optimizer == "adamw_8bit" and not any(parameter.is_cuda for parameter in self.parameters)
 
@@ -142,13 +141,6 @@ class Optimizer:
             for parameter in [p for p in part.state if self._names[id(p)] not in held]:
                 del part.state[parameter]
         return self.states()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self._parts]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for part, saved in zip(self._parts, state["parts"], strict=True):
-            part.load_state_dict(saved)
 
 
 class _CpuCopies:
