@@ -22,7 +22,8 @@ from transformers import (
 from scope_opd.errors import ModelError, RunFailed, ScopeError
 from scope_opd.models.batching import response_positions
 from scope_opd.models.head import response_logprobs
-from scope_opd.rollout.local import BURST, LocalSampler, draw
+from scope_opd.rollout.drawing import draw, invert
+from scope_opd.rollout.local import BURST, LocalSampler
 from scope_opd.rollout.random import rollout_keys, uniforms
 from scope_opd.types import Prompt, Rollout, Sampler, SamplingParams
 from tiny import END_ID, EOS_ID, KINDS, tiny_model, tiny_tokenizer
@@ -296,6 +297,25 @@ def test_the_distribution_sampled_is_the_models_own() -> None:
     # Wilson-Hilferty: the cube root of chi-square / k is near normal. Four standard deviations.
     normal = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
     assert abs(normal) < 4
+
+
+@pytest.mark.parametrize("vocabulary", [5000, 5120, 4097])
+def test_a_long_row_is_inverted_by_blocks_as_by_one_running_sum(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 3 * torch.randn(300, vocabulary, generator=generator)
+    logits[::3, torch.arange(vocabulary) % 7 > 0] = -torch.inf  # most ids ruled out, whole blocks among them
+    logits[::3, 1024:3072] = -torch.inf
+    mass = logits.softmax(-1)
+    uniform = torch.rand(300, 1, dtype=torch.float64, generator=generator)
+    uniform[:4, 0] = torch.tensor([2.0**-54, 1 - 2.0**-53, 1 - 2.0**-30, 0.5])
+    cumulative = mass.cumsum(-1, dtype=torch.float64)
+    expected = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    found = invert(mass, uniform)
+    assert (mass.gather(-1, found) > 0).all()
+    # At a boundary the two sums may round apart; the masses in between are then within rounding.
+    apart = (cumulative.gather(-1, found) - uniform * cumulative[:, -1:]).abs()
+    assert bool(((found == expected) | (apart < 1e-14)).all())
+    assert (found[4:] == expected[4:]).all()
 
 
 def test_uniforms_look_uniform_and_independent() -> None:

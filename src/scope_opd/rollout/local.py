@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicLayer
 
 from scope_opd.errors import ModelError, RunFailed, ScopeError
 from scope_opd.models.loading import context_length
+from scope_opd.rollout.drawing import draw
 from scope_opd.rollout.random import rollout_keys, uniforms
 from scope_opd.types import FinishReason, Prompt, Rollout, SamplingParams
 
@@ -202,7 +203,7 @@ class _DecodeBatch:
         self.length = torch.zeros(len(rows), dtype=torch.int64, device=self.device)
         self.logits: Tensor | None = None
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def advance(self) -> list[tuple[tuple[Prompt, int], list[int], list[float]]]:
         """Decode one step (a burst of them on a GPU); return the rows that ended: (row, token ids, log-probs)."""
         context: Any = contextlib.nullcontext()
@@ -345,47 +346,6 @@ class _DecodeBatch:
         if self.seen is not None:
             self.seen = self.seen[keep]
         return token[keep]
-
-
-def draw(logits: Tensor, uniform: Tensor, params: SamplingParams, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """One token a row, and its log-prob under the distribution that it was drawn from.
-
-    The repetition penalty divides positive and multiplies negative logits of seen tokens; then logits are divided by
-    the temperature; then top-k keeps the k highest and top-p the highest whose predecessors hold less than top_p of
-    the mass (equal logits at a cut stay together). The token is the first whose cumulative probability, in float64,
-    exceeds uniform x total.
-
-    Args:
-        logits: F[R, V].
-        uniform: F64[R], strictly between 0 and 1.
-        params: temperature and cuts.
-        seen: bool[R, V], tokens of the prompt and the response so far; needed with a repetition penalty.
-
-    Returns:
-        I64[R] tokens, F[R] log-probs (float32; float64 for float64 logits).
-    """
-    scores = logits if logits.dtype == torch.float64 else logits.float()
-    if params.repetition_penalty != 1.0 and seen is not None:
-        penalty = params.repetition_penalty
-        scores = torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
-    if params.temperature != 1.0:
-        scores = scores / params.temperature
-    vocabulary = scores.shape[-1]
-    count = params.top_k if 0 < params.top_k < vocabulary else vocabulary
-    if count < vocabulary or params.top_p < 1:
-        best = scores.topk(count).values
-        if params.top_p < 1:
-            mass = best.softmax(-1, dtype=torch.float64)
-            kept = (mass.cumsum(-1) - mass < params.top_p).sum(-1, keepdim=True)
-            lowest = best.gather(-1, kept.clamp_min(1) - 1)
-        else:
-            lowest = best[:, -1:]
-        scores = scores.masked_fill(scores < lowest, -torch.inf)
-    logprobs = scores.log_softmax(-1)
-    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
-    # Only NaN logits can run past the last token; the clamp keeps the id valid until the NaN is reported.
-    token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).clamp_max(vocabulary - 1)
-    return token[:, 0], logprobs.gather(-1, token)[:, 0]
 
 
 def _new_cache(model: PreTrainedModel) -> DynamicCache:
