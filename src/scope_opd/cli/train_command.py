@@ -7,11 +7,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from scope_opd.errors import RunFailed
+from scope_opd.errors import ConfigError, RunFailed
 from scope_opd.words import counted
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ EXAMPLES = """Examples:
   scope train configs/demo.toml --set objective.tau=0.5 --set train.steps=20
   scope train my.toml --run-dir runs/second --set run.seed=1
   scope train my.toml --resume
+  torchrun --nproc-per-node 8 -m scope_opd train my.toml
+  scope train my.toml --launcher ray --address auto --set launch.ray.workers=16
 """
 
 
@@ -34,6 +36,8 @@ def train(
     resume: Annotated[bool, Parameter(negative="")] = False,
     allow_config_change: Annotated[bool, Parameter(negative="")] = False,
     run_dir: Path | None = None,
+    launcher: Literal["ray"] | None = None,
+    address: str | None = None,
 ) -> int:
     """Train a student by the method that a TOML config names.
 
@@ -55,15 +59,27 @@ def train(
         differences become an event. Model, optimizer and dtype must stay.
     run_dir
         The run folder, in place of run.dir.
+    launcher
+        ray: run on workers of a Ray cluster, as [launch.ray] says.
+    address
+        With --launcher ray: of the cluster, or auto on one of its machines. Without
+        it a Ray of this machine alone is started for the run.
     """
-    from scope_opd.cli.early import check_early, eval_source
+    from scope_opd.cli.early import check_early, check_run_folder, eval_source
     from scope_opd.config import load_config
 
     given = list(overrides or [])
     if run_dir is not None:
         given.append(f'run.dir="{_toml_text(run_dir)}"')
     settings = load_config(config, given)
+    if address is not None and launcher is None:
+        raise ConfigError(f"--address {address} without --launcher", "both or none", "add --launcher ray")
     check_early(settings, [settings.data.train, eval_source(settings)])
+    if launcher == "ray":
+        from scope_opd.cli.ray_launcher import train_under_ray
+
+        check_run_folder(Path(settings.run.dir), resume=resume)
+        return train_under_ray(settings, resume=resume, allow_config_change=allow_config_change, address=address)
     lines = train_rank(settings, resume, allow_config_change=allow_config_change)
     if lines:
         print("\n".join(lines))
