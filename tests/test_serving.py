@@ -47,7 +47,7 @@ def test_addresses_are_normalised(given: str, expected: str) -> None:
 
 
 def test_loopback_and_root_are_known() -> None:
-    assert [parse_base_url(url).loopback for url in ("http://127.0.0.9", "http://[::1]", "http://localhost")] == [
+    assert [parse_base_url(url).loopback for url in ("http://127.0.0.9", "http://[::1]", "http://localhost:8000")] == [
         True
     ] * 3
     assert not any(

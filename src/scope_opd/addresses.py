@@ -78,6 +78,7 @@ def parse_base_url(text: str) -> BaseUrl:
             raise ValueError(f"address {text!r}: no such host name; expected {_EXPECTED}; mend it") from None
         if not shown_host:
             raise ValueError(f"address {text!r}; expected {_EXPECTED}; name the host")
+    loopback = address.is_loopback if address is not None else shown_host in ("localhost", "localhost.localdomain")
     if port is not None and port != {"http": 80, "https": 443}[parts.scheme]:
         shown_host += f":{port}"
     segments = [segment for segment in parts.path.split("/") if segment]
@@ -85,7 +86,6 @@ def parse_base_url(text: str) -> BaseUrl:
         raise ValueError(f"address {text!r} with '.' or '..' in its path; expected {_EXPECTED}; write it out")
     path = "".join(f"/{segment}" for segment in segments or ["v1"])
     origin = f"{parts.scheme}://{shown_host}"
-    loopback = address.is_loopback if address is not None else shown_host in ("localhost", "localhost.localdomain")
     return BaseUrl(text=origin + path, root=origin + path.removesuffix("/v1"), loopback=loopback)
 
 

@@ -32,15 +32,18 @@ _PR_SET_PDEATHSIG = 1
 
 _GUARD = """
 import os, signal, sys, time
-leader, grace, told = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "told"
+leader, grace, settle = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
 os.read(0, 1)  # returns when the parent is gone, however it went
 end = time.monotonic() + grace
 try:
-    if not told:  # a second signal would cut short what the first has it do
-        os.kill(leader, signal.SIGTERM)
+    os.kill(leader, signal.SIGTERM)
     while time.monotonic() < end:
         time.sleep(0.2)
         os.killpg(leader, 0)  # fails once nothing of the group is left
+        try:
+            os.kill(leader, 0)
+        except OSError:  # it has ended: its children need not have the whole of the grace
+            end, settle = min(end, time.monotonic() + settle), grace
     os.killpg(leader, signal.SIGKILL)
 except OSError:
     pass
@@ -65,8 +68,8 @@ class GuardedProcess:
         log: where its output goes, line by line.
         hide: what is replaced in it.
         grace_s: what it has between SIGTERM and SIGKILL.
-        saves: it ends at once at a second signal, and has something to save at the first: the guard sends none on top
-            of the system's own, and keeps its output from breaking off.
+        saves: it saves something at a first signal and ends at once at a second. The guard alone signals it then, since
+            the system's own signal may come once for each of this process's threads; and its output does not break off.
     """
 
     name, expected = "the process", "one that goes on"
@@ -85,11 +88,13 @@ class GuardedProcess:
         self._hide, self._log, self._grace_s = tuple(hide), log, grace_s
         self._asked_at: float | None = None
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
-        dies = _die_with_parent()
+        # Without the system's signal, it must not run before there is a guard.
+        words = ["/bin/sh", "-c", 'read -r go || exit 1; exec "$@" </dev/null', "sh", *argv] if saves else [*argv]
         try:
             self._process = subprocess.Popen(
-                argv, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True, preexec_fn=dies,
+                words, env=dict(environment), stdin=subprocess.PIPE if saves else subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+                preexec_fn=None if saves else _die_with_parent(),
             )  # fmt: skip
         except OSError as error:
             raise ConfigError(f"{argv[0]}: {error.strerror}", "a program that runs", "check it") from None
@@ -97,12 +102,14 @@ class GuardedProcess:
         kept = (self._process.stdout.fileno(),) if saves else ()
         self._pump = threading.Thread(target=self._read, name="scope-process-log", daemon=True)
         self._pump.start()
-        told = "told" if saves and dies is not None else "-"
         self._guard = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _GUARD, str(self.pid), str(grace_s), told], env={},
+            [sys.executable, "-I", "-S", "-c", _GUARD, str(self.pid), str(grace_s), str(SETTLE_S)], env={},
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
             pass_fds=kept,
         )  # fmt: skip
+        if self._process.stdin is not None:
+            with suppress(OSError), self._process.stdin as stream:  # it may have been killed already
+                stream.write("go\n")
 
     @property
     def pid(self) -> int:
