@@ -1,7 +1,7 @@
 """Ranks as processes: ``run(scenario, world)`` forks them from one that has torch loaded, and tells how each ended.
 
-As a program (``rank_program.py SCENARIO WORLD FOLDER``) it prints one JSON line: exit codes, last lines and seconds.
-The scenarios are small on purpose; whole runs are in test_ranks.py.
+As a program (``rank_program.py FOLDER``) it prints one JSON line: by scenario, how each of three ranks ended (exit
+code, last line) and how long that took.
 """
 
 from __future__ import annotations
@@ -151,10 +151,13 @@ def lead(scenario: str, ranks: Ranks) -> None:
 
 
 def main(scenario: str, world: int, folder: Path) -> dict[str, Any]:
+    for rank in range(world):
+        (folder / f"rank-{rank}.txt").unlink(missing_ok=True)
     pids = fork_ranks(world, folder, lambda rank: body(scenario, rank))
     began = time.monotonic()
     if scenario.endswith("-idle"):
-        while "idle" not in (folder / "rank-0.txt").read_text() if (folder / "rank-0.txt").exists() else True:
+        said = folder / "rank-0.txt"
+        while not said.exists() or "idle" not in said.read_text():
             time.sleep(0.02)
         began = time.monotonic()
         os.kill(pids[0 if scenario.startswith("leader") else world - 1], signal.SIGKILL)
@@ -163,5 +166,7 @@ def main(scenario: str, world: int, folder: Path) -> dict[str, Any]:
     return {"codes": codes, "lines": [line[0] if line else "" for line in lines], "seconds": time.monotonic() - began}
 
 
+SCENARIOS = ["work", *(f"{who}-{what}" for who in ("leader", "follower") for what in ("raise", "bug", "kill", "idle"))]
+
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))))
+    print(json.dumps({scenario: main(scenario, 3, Path(sys.argv[1])) for scenario in SCENARIOS}))

@@ -113,6 +113,7 @@ class Ranks:
         self._work: Work | None = None
         self._here: set[int] = set()
         self._closed = False
+        self._failing = False
         self._told = False
         self._idle = False
         self._cancelled = -1
@@ -398,11 +399,13 @@ class Ranks:
     def _fail(self, ending: Ending) -> None:
         """Rank 0 hears that another has failed: it tells the rest, and breaks off whatever it does itself."""
         with self.state:
-            if self.failure is not None or self._closed:
+            if self._failing or self._closed:
                 return
+            self._failing = True
+        self._send(("end", ending))  # before the main thread knows: it may end this process at once
+        with self.state:
             self.failure = ending.error()
             self.state.notify_all()
-        self._send(("end", ending))
         self._after(_CAUSE_S, self._break_collectives)
         self._after(_CLOSING_S, self._end_here)
         if self._former and not self._told:
