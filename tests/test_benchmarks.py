@@ -35,8 +35,8 @@ def refuse(name: str) -> Any:
 @pytest.mark.parametrize(
     "script",
     [
-        "against_trl.py", "code_verifier.py", "profile_step.py", "sampler.py", "step_overlap.py", "teacher_pool.py",
-        "trl_side.py", "verifier.py",
+        "against_trl.py", "code_verifier.py", "logprobs.py", "profile_step.py", "sampler.py", "scaling.py",
+        "step_overlap.py", "teacher_pool.py", "trl_side.py", "verifier.py",
     ],
 )  # fmt: skip
 def test_a_benchmark_names_its_options(script: str) -> None:
