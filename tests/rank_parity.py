@@ -35,12 +35,19 @@ CASES: dict[str, dict[str, Any]] = {
     "untied float64": {"train": {"updates_per_batch": 2, "activation_checkpointing": "full"}},
     "tied float32": {"objective": {"distill": "full_kl"}, "train": {"max_tokens_per_microbatch": 4096}},
     "untied float32": {"train": {"grad_clip": "off", "minibatches": 2}},
+    "untied float64 hybrid": {"train": {"shard": "hybrid", "grad_clip": 0.1}},
 }
 """The third case has one micro-batch, so that ranks get empty ones."""
 
 
+def worlds_of(name: str) -> tuple[int, ...]:
+    """Ranks beside the one that they are compared with; in pairs on two pretended machines where weights are dealt to
+    those of a machine."""
+    return (4,) if name.endswith("hybrid") else (2, 3)
+
+
 def case(name: str) -> tuple[Config, torch.dtype, str]:
-    kind, dtype = name.split()
+    kind, dtype = name.split()[:2]
     tables = copy.deepcopy(CASES[name])
     tables["train"] = {"max_tokens_per_microbatch": 64, "prompts_per_step": 4, "lr": 1e-2, **tables.get("train", {})}
     tables["objective"] = {"method": "reward_opd", **tables.get("objective", {})}
@@ -98,14 +105,15 @@ def body(name: str, recorded: Path, result: Path, rank: int) -> int:
     return 0
 
 
-def main(folder: Path, names: list[str], worlds: tuple[int, ...] = (2, 3)) -> dict[str, Any]:
+def main(folder: Path) -> dict[str, Any]:
     found = {}
-    for name in names:
+    for name in CASES:
+        worlds, machine = worlds_of(name), {"LOCAL_WORLD_SIZE": "2"} if name.endswith("hybrid") else {}
         recorded, results = folder / "rollouts", {}
         record(name, recorded)
         for world in (1, *worlds):
             result = folder / f"result-{world}"
-            codes = wait_all(fork_ranks(world, folder, partial(body, name, recorded, result)))
+            codes = wait_all(fork_ranks(world, folder, partial(body, name, recorded, result), **machine))
             if any(codes):
                 texts = "\n".join((folder / f"rank-{rank}.txt").read_text() for rank in range(world))
                 raise SystemExit(f"{name}, world {world}: {codes}\n{texts}")
@@ -130,4 +138,4 @@ def main(folder: Path, names: list[str], worlds: tuple[int, ...] = (2, 3)) -> di
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    print(json.dumps(main(Path(sys.argv[1]), list(CASES))))
+    print(json.dumps(main(Path(sys.argv[1]))))

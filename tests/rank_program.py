@@ -43,8 +43,8 @@ def fork_ranks(world: int, folder: Path, body: Callable[[int], int], **environme
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.environ.update(
-                RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **environment,
+                {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
             )  # fmt: skip
             code = body(rank)
         except ScopeError as error:
