@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import rank_program
 from rank_program import fork_ranks, wait_all
 
 STEPS = 24
@@ -148,6 +149,8 @@ def arm(moment: Moment, folder: Path) -> None:
 def start(folder: Path, run: Path, world: int, moment: Moment | None, *, resume: bool) -> list[int | None]:
     """``scope train`` on so many ranks; their exit codes."""
 
+    rank_program.LIMIT_S = LIMIT_S
+
     def body(rank: int) -> int:
         from scope_opd.cli.main import main
 
@@ -178,7 +181,12 @@ def main(folder: Path, world: int, kills: int) -> dict[str, Any]:
     def output() -> str:
         return "".join(path.read_text()[-1500:] for path in sorted(folder.glob("rank-*.txt")))
 
-    found["ends"].append(start(folder, whole, world, None, resume=False))
+    def undisturbed(run: Path, *, resume: bool) -> None:
+        found["ends"].append(start(folder, run, world, None, resume=resume))
+        if any(found["ends"][-1]):
+            sys.exit(f"{run.name} ended with {found['ends'][-1]}\n{output()}")
+
+    undisturbed(whole, resume=False)
     for number, moment in enumerate(plan(kills, world)):
         codes = start(folder, broken, world, moment, resume=number > 0)
         if codes[moment.rank] != -9:
@@ -186,9 +194,7 @@ def main(folder: Path, world: int, kills: int) -> dict[str, Any]:
         about = json.loads((folder / "kill.json").read_text())
         print(f"kill {number + 1}: wanted {moment}, died in {about}, exit codes {codes}", flush=True)
         found["kills"].append({"place": moment.place, "rank": moment.rank, "codes": codes, **about})
-    found["ends"].append(start(folder, broken, world, None, resume=True))
-    if any(code != 0 for codes in found["ends"] for code in codes):
-        sys.exit(f"{found['ends']}\n{output()}")
+    undisturbed(broken, resume=True)
     for name in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl"):
         found["same"][name] = lasting(broken, name) == lasting(whole, name)
     found["same"]["weights and states"] = final(broken) == final(whole)
