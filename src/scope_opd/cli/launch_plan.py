@@ -14,7 +14,7 @@ import secrets
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,7 +37,10 @@ KINDS: tuple[tuple[Literal["student", "teacher"], str, str, str], ...] = (
 """What is served, its table, its key in [launch], and what a server of it is called."""
 KEY_VARIABLES = {"rollout": "SCOPE_SAMPLER_KEY", "teacher": "SCOPE_TEACHER_KEY"}
 """Where a key is found, or put, that the config names no place for."""
-OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+OF_RANKS = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
+    "TORCHELASTIC_USE_AGENT_STORE",
+)  # fmt: skip
 """What torchrun tells its processes. Another launcher's would mislead ours."""
 _PLACEHOLDER = "http://127.0.0.1:9/v1"
 
@@ -200,7 +203,9 @@ def plan(
     words = [sys.executable, "-m", "scope_opd", "train", str(path)]
     words += [word for override in overrides for word in ("--set", override)] + [*options]
     shared = _trainer_environment(config, layout, machine, threads)
-    ranks = _ranks(words, {**machine.shell, **shared, **{name: key.reveal() for name, key in keys.items()}}, layout)
+    ranks = _ranks(
+        words, {**machine.shell, **shared, **{name: key.reveal() for name, key in keys.items()}}, layout, taken
+    )
     used = {gpu for group in (*layout.trainer, *layout.samplers, *layout.teachers) for gpu in group}
     idle = [name for number, name in enumerate(machine.gpus) if number not in used]
     if used and idle:
@@ -336,7 +341,9 @@ def _trainer_environment(config: Config, layout: Layout, machine: Machine, threa
     return values
 
 
-def _ranks(words: Sequence[str], environment: dict[str, str], layout: Layout) -> tuple[Rank, ...]:
+def _ranks(
+    words: Sequence[str], environment: dict[str, str], layout: Layout, taken: Collection[int | None]
+) -> tuple[Rank, ...]:
     """The ranks' processes, told what torchrun would tell them. torchrun itself would end with 1 whatever they end
     with, and kill them half a minute after a Ctrl-C, in the midst of a checkpoint."""
     from scope_opd.serving.process import free_ports
@@ -347,7 +354,7 @@ def _ranks(words: Sequence[str], environment: dict[str, str], layout: Layout) ->
     if world == 1:
         return (Rank("trainer", tuple(words), environment),)
     shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-    shared["MASTER_PORT"] = str(free_ports(1)[0])
+    shared["MASTER_PORT"] = str(free_ports(1, taken={port for port in taken if port is not None})[0])
     return tuple(
         Rank(f"rank {rank}", tuple(words), {**environment, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(world)
