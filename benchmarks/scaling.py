@@ -5,9 +5,10 @@
 
 A random Qwen3 (hidden 128, 6 layers, 32,000 ids) through ``Learner.update``, micro-batches of 1,024 tokens. Time: 1, 2,
 4, 8 and 16 times eight sequences of 256 tokens, in turn, medians over --rounds; a straight line is fitted to them, and
-``r2`` is its share of the variance (goal: 0.99 at least). Memory: one prompt with 8, 16, 32, 64 and 128 rollouts of that
-length, two micro-batches and more, a process each: the largest resident memory (on a GPU: what torch has allocated) of
-two updates, beyond what was there before the first; ``spread`` is (largest - smallest) / smallest (goal: 0.05 at most).
+``r2`` is its share of the variance (goal: 0.99 at least). Memory: one prompt with 8, 16, 32, 64 and 128 rollouts of
+that length, two micro-batches and more, a process each: the largest resident memory (on a GPU: what torch has
+allocated) of two updates, beyond what was there before the first; ``spread`` is (largest - smallest) / smallest (goal:
+0.05 at most).
 Prints one JSON line; exit code 1 if a goal is missed.
 """
 
