@@ -287,3 +287,31 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: p
     config = load_config("~/own.toml", [f"{name}=~/{name}" for name in names])
     found = [config.run.dir, config.data.train, config.data.eval, config.chat.template]
     assert found == [str(tmp_path / name) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("keep_best", "found"),
+    [
+        (False, None),
+        (True, (0.6, "avg@k")),
+        ("avg@k", (0.6, "avg@k")),
+        ("pass@k/4", (0.6, "pass@k/4")),
+        ("T1/avg@k", (1.0, "avg@k")),
+        ("T0.6/pass@k/1", (0.6, "pass@k/1")),
+    ],
+)
+def test_the_best_is_known_by_a_figure_that_evaluation_gives(keep_best: bool | str, found: Any) -> None:
+    values = {"eval": {"every": 5, "n": 6, "temperatures": [0.6, 1.0]}, "run": {"keep_best": keep_best}}
+    assert validate_config(values).best_figure == found
+
+
+@pytest.mark.parametrize("keep_best", ["T2/avg@k", "pass@k/3", "pass@k/8", "nll", "avg", "T/avg@k"])
+def test_a_best_by_no_such_figure_is_refused(keep_best: str) -> None:
+    values = {"eval": {"every": 5, "n": 6, "temperatures": [0.6, 1.0]}, "run": {"keep_best": keep_best}}
+    with pytest.raises(ConfigError, match=r"keep_best"):
+        validate_config(values)
+
+
+def test_a_best_without_an_evaluation_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"keep_best = True without an evaluation"):
+        validate_config({"run": {"keep_best": True}})
