@@ -177,17 +177,19 @@ def _divergence(log_p: Tensor, log_q: Tensor, kind: Kind) -> tuple[Tensor, Tenso
 def _terms(log_p: Tensor, log_q: Tensor) -> Tensor:
     """p (e^d - 1 - d) with d = log q - log p, elementwise and >= 0: q where p = 0, infinite where only q is 0."""
     p, q = log_p.exp(), log_q.exp()
-    d = torch.where(p > 0, log_q - log_p, 0.0)
+    none = p == 0.0
+    d = (log_q - log_p).masked_fill_(none, 0.0)
     # Two forms of the same: the first does not cancel where d is small, the second not overflow where it is large.
-    small = (p * (torch.expm1(d.clamp(-1.0, 1.0)) - d.clamp(-1.0, 1.0))).clamp_(min=0.0)
-    large = torch.where(p > 0, q - p - p * d, q)
-    return torch.where((d.abs() < 1.0) & (p > 0), small, large)
+    near = d.clamp(-1.0, 1.0)
+    small = torch.expm1(near).sub_(near).mul_(p).clamp_(min=0.0)
+    large = q.sub_(p).addcmul_(p, d, value=-1.0)
+    return torch.where((d.abs_() < 1.0).logical_and_(none.logical_not_()), small, large)
 
 
 def _weighted(log_p: Tensor, log_q: Tensor) -> Tensor:
     """p (log p - log q), 0 where p = 0."""
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0)
+    return (log_p - log_q).masked_fill_(p == 0.0, 0.0).mul_(p)
 
 
 def _with_rest(logprobs: Tensor, rest: Tensor | None) -> Tensor:
