@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from scope_opd.models.batching import pad_right, response_positions
 from scope_opd.models.checkpointing import set_checkpointing
 from scope_opd.models.head import HeadView, response_logprobs, score_hidden
-from scope_opd.models.packed_attention import NAME, Layout, _alike, enable
+from scope_opd.models.packed_attention import NAME, Layout, _agrees, _alike, _find_kernel, enable
 from scope_opd.models.packing import cost, crossover, deal, pack, packed_hidden, packs_exactly, response_places, waste
 from tiny import tiny_model
 
@@ -138,6 +138,46 @@ def test_packs_survive_activation_checkpointing() -> None:
     set_checkpointing(model, "full")
     for left, right in zip(gradient(), expected, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+
+
+def test_under_autocast_packed_hidden_states_are_those_of_each_sequence_alone() -> None:
+    """Norms and rotations hand float32 to attention there, values come in half precision."""
+    view = HeadView(tiny_model("qwen3"))
+    assert packs_exactly(view)
+    sequences = [[3, 9, 27, 81, 5], [7, 1, 4], [2, 60, 90, 8]]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        together = packed_hidden(view, pack(sequences)).float()
+        alone = torch.cat([view.hidden(torch.tensor([sequence]))[0].float() for sequence in sequences])
+    assert (together - alone).norm() <= 2e-2 * alone.norm()
+
+
+def test_a_kernel_is_used_only_where_it_gives_what_sdpa_gives() -> None:
+    cpu = torch.device("cpu")
+
+    def kernel(
+        query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float, window: Any
+    ) -> Tensor:
+        owner = torch.bucketize(torch.arange(len(query)), bounds[1:], right=True)
+        places = torch.arange(len(query))
+        behind = places[:, None] - places
+        seen = (owner[:, None] == owner) & (behind >= 0) & (behind < (window or len(query)))
+        batch = [part.transpose(0, 1)[None] for part in (query, key, value)]
+        out = torch.nn.functional.scaled_dot_product_attention(*batch, attn_mask=seen, scale=scale, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    def leaks(*arguments: Any) -> Tensor:
+        return kernel(*arguments[:3], torch.tensor([0, 8]), *arguments[4:])
+
+    def no_window(*arguments: Any) -> Tensor:
+        return kernel(*arguments[:-1], None)
+
+    def no_gradient(*arguments: Any) -> Tensor:
+        return kernel(*arguments).detach()
+
+    assert _agrees(kernel, cpu, 16)
+    for bad in (leaks, no_window, no_gradient):
+        assert not _agrees(bad, cpu, 16)
+    assert _find_kernel(cpu, 16) is None  # torch's own does not run on a CPU
 
 
 def test_attention_with_a_soft_cap_is_left_alone() -> None:

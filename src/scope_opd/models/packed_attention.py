@@ -35,6 +35,7 @@ GROUP_PADDING = 0.15
 LONG = 2048
 
 _packed: ContextVar[bool] = ContextVar("packed", default=False)
+_kernels: dict[tuple[str, int], Callable[..., Tensor] | None] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +164,13 @@ def packed_attention(
     assert attention_mask is None
     assert query.shape[0] == 1
     assert query.shape[2] == sum(packed_layout.lengths)
+    if torch.is_autocast_enabled(query.device.type):
+        # Norms and rotations hand on float32, which SDPA would cast on its own and the kernel does not take.
+        compute = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (part.to(compute) for part in (query, key, value))
     row = tuple(part[0].transpose(0, 1) for part in (query, key, value))  # [N, heads, D]
-    kernel = _ragged_kernel() if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else None
+    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    kernel = _ragged_kernel(query.device, query.shape[-1]) if half else None
     if kernel is not None and not dropout:
         longest = max(packed_layout.lengths)
         return kernel(*row, cu_seq_lens_q, longest, scaling, sliding_window)[None], None
@@ -212,9 +218,16 @@ def _alike(lengths: tuple[int, ...]) -> list[list[int]]:
     return groups
 
 
-@functools.cache
-def _ragged_kernel() -> Callable[..., Tensor] | None:
-    """Torch's flash attention over ragged rows, where this torch has it with everything that is needed here."""
+def _ragged_kernel(device: torch.device, size: int) -> Callable[..., Tensor] | None:
+    """Torch's flash attention over ragged rows; None where it cannot be had for heads of this size on a device."""
+    key = (str(device), size)
+    if key not in _kernels:
+        _kernels[key] = _find_kernel(device, size)
+    return _kernels[key]
+
+
+def _find_kernel(device: torch.device, size: int) -> Callable[..., Tensor] | None:
+    """None where torch lacks something that is needed here, or ``_agrees`` says no."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -241,4 +254,32 @@ def _ragged_kernel() -> Callable[..., Tensor] | None:
         assert isinstance(found, Tensor)
         return found
 
-    return attend
+    return attend if _agrees(attend, device, size) else None
+
+
+def _agrees(attend: Callable[..., Tensor], device: torch.device, size: int) -> bool:
+    """Whether a kernel over ragged rows gives SDPA's numbers, forward and backward, causal and with a window."""
+    lengths, window = (5, 3), 2
+    boundaries = torch.tensor([0, 5, 8], dtype=torch.int32, device=device)
+    places = torch.arange(sum(lengths), device=device)
+    owner = torch.tensor([0] * 5 + [1] * 3, device=device)
+    behind = places[:, None] - places
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        generator = torch.Generator().manual_seed(0)
+        drawn = [torch.randn(8, heads, size, generator=generator) for heads in (4, 2, 2)]
+        row = [part.to(device, torch.bfloat16).requires_grad_() for part in drawn]
+        for keys in (None, window):
+            seen = (owner[:, None] == owner) & (behind >= 0) & (behind < (keys or 8))
+            query, key, value = (part.float().transpose(0, 1)[None] for part in row)
+            exact = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=0.3, enable_gqa=True)
+            exact = exact[0].transpose(0, 1)
+            try:
+                found = attend(*row, boundaries, max(lengths), 0.3, keys)
+                pairs = [(found.float(), exact)]
+                gradients = (torch.autograd.grad(out.float().square().sum(), row) for out in (found, exact))
+                pairs += zip(*gradients, strict=True)
+            except Exception:  # whatever a kernel cannot do on this device: SDPA can
+                return False
+            if any((one.float() - two.float()).norm() > 5e-2 * two.float().norm() for one, two in pairs):
+                return False
+    return True
