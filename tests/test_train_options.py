@@ -255,3 +255,44 @@ class TestStates:
     def test_only_the_states_of_adamw_are_offloaded(self) -> None:
         with pytest.raises(ConfigError, match=r"train\.offload = 'optimizer' with train\.optimizer = 'muon'"):
             validate_config({"train": {"optimizer": "muon", "offload": "optimizer"}})
+
+
+class TestPrecision:
+    def test_bfloat16_parameters_have_bfloat16_gradients_and_states_and_float32_log_probs(self) -> None:
+        model = tiny_model("qwen3", dtype=torch.bfloat16)
+        ids, positions = rows(torch.Generator().manual_seed(0))
+        found = response_logprobs(model, ids, None, positions, 0.7)
+        assert (found.logprobs.dtype, found.entropy.dtype) == (torch.float32, torch.float32)  # type: ignore[union-attr]
+        found.logprobs.sum().backward()
+        assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        optimizer = Optimizer(model, settings())
+        optimizer.step(1e-2)
+        moments = {tensor.dtype for name, tensor in optimizer.states().items() if not name.endswith("/step")}
+        assert moments == {torch.bfloat16}
+
+    def test_float32_masters_keep_what_bfloat16_parameters_round_away(self) -> None:
+        """A hundred steps of a tenth of the spacing of bfloat16: the masters move by ten, the parameters not at all."""
+        moved = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            model = tiny_model("qwen3", dtype=dtype)
+            weight = model.model.embed_tokens.weight
+            with torch.no_grad():
+                weight.fill_(1.0)  # neighbours of 1 are 2^-7 above it and 2^-8 below
+            optimizer = Optimizer(model, settings(weight_decay=0.0))
+            for _ in range(100):
+                weight.grad = torch.ones_like(weight)
+                optimizer.step(2.0**-8 / 10)
+            moved[dtype] = float(1.0 - weight.detach().double().mean())
+        assert moved[torch.bfloat16] == 0
+        assert moved[torch.float32] == pytest.approx(10 * 2.0**-8, rel=1e-3)
+
+    def test_bfloat16_log_probs_are_those_of_float32_weights_to_bfloat16s_three_digits(self) -> None:
+        low = tiny_model("qwen3", dtype=torch.bfloat16, initializer_range=0.05)
+        full = tiny_model("qwen3", initializer_range=0.05)
+        full.load_state_dict({name: tensor.float() for name, tensor in low.state_dict().items()})
+        ids, positions = rows(torch.Generator().manual_seed(0))
+        gap = (
+            response_logprobs(low, ids, None, positions).logprobs
+            - response_logprobs(full, ids, None, positions).logprobs
+        )
+        assert gap.abs().mean() < 0.02

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Level = Literal["ok", "warn", "FAIL"]
 MAX_FULL_LR = 2e-5
 LORA_LR = (1e-5, 1e-3)
-"""Learning rates of adapters outside of which a run is warned."""
+"""Learning rates of adapters outside of which a run of a large model is warned."""
 LARGE_MODEL = 100_000_000
 """Parameters above which a learning rate over ``MAX_FULL_LR`` is warned of."""
 
@@ -124,7 +124,7 @@ def learning_rate(config: Config, parameters: int) -> Finding:
     """A rate that was meant for pure bf16 trains far harder with float32 master weights, and for adapters is small."""
     lr, subject = config.train.lr, "learning rate"
     if config.model.lora.rank:
-        if LORA_LR[0] <= lr <= LORA_LR[1]:
+        if parameters <= LARGE_MODEL or LORA_LR[0] <= lr <= LORA_LR[1]:
             return Finding(
                 subject, "ok", f"{lr:g}, {config.train.schedule}, of adapters of rank {config.model.lora.rank}"
             )
