@@ -5,8 +5,8 @@
 
 Each case runs in a process of its own: a random model and its ``Learner`` are made, a smaller model is updated once
 (libraries load their code), resident memory is read, then an update of a few tokens (it makes the optimiser's states)
-and the update in question, of two micro-batches, run while a thread reads resident memory every 2 ms. Measured is the
-largest growth; planned is ``models.memory.Updates`` without the weights, which were there before.
+and the update in question, of two packed micro-batches, run while a thread reads resident memory every 2 ms. Measured
+is the largest growth; planned is ``models.memory.Updates`` without the weights, which were there before.
 MALLOC_MMAP_THRESHOLD_ is set, so that glibc gives freed tensors back at once instead of keeping them as fragments;
 ``--default-malloc`` leaves it alone.
 
@@ -23,7 +23,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
@@ -101,8 +100,10 @@ def measure(name: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from scope_opd.config import TrainConfig
+    from scope_opd.models.footprint import ragged
+    from scope_opd.ranks import Ranks
     from scope_opd.train.batch import make_batch
-    from scope_opd.train.engines import SurrogateSettings
+    from scope_opd.train.engines import Follower, SurrogateSettings
     from scope_opd.train.step import Learner
     from scope_opd.types import Rollout
 
@@ -120,27 +121,30 @@ def measure(name: str) -> dict[str, Any]:
     def learner(config: Any) -> Learner:
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
         surrogate = SurrogateSettings(student_temperature=0.6, sampling_temperature=0.6)
-        engines: Any = SimpleNamespace(model=model, surrogate=surrogate, teacher_head=None, reference=None)
-        return Learner(engines, TrainConfig(activation_checkpointing=checkpointing, lr=1e-5))
+        alone = Follower(model, surrogate, Ranks(), model)
+        return Learner(alone, TrainConfig(activation_checkpointing=checkpointing, lr=1e-5))
 
-    def batch(length: int) -> Any:
-        return make_batch([rollout(i, length) for i in range(4)], aggregation="token", max_tokens=2 * length)
+    def batch(size: int) -> Any:
+        lengths = 2 * ragged(size)
+        return make_batch(
+            [rollout(i, length) for i, length in enumerate(lengths)], aggregation="token", max_tokens=size, packed=True
+        )
 
     small = config_of(name)
     small.hidden_size, small.intermediate_size, small.num_hidden_layers, small.vocab_size = 64, 64, 2, 500
     small.num_attention_heads, small.num_key_value_heads, small.head_dim = 2, 2, 32
     if getattr(small, "layer_types", None):
         small.layer_types = small.layer_types[:2]
-    learner(small).update(batch(16), 1e-5)
+    learner(small).update(batch(32), 1e-5)
     ready = learner(config_of(name))
-    work = batch(tokens // 2)
-    assert len(work.micro) == 2
+    work = batch(tokens)
+    assert [micro.rows.lengths for micro in work.micro] == [ragged(tokens)] * 2
     gc.collect()
     before = resident_bytes()
     watch = Resident()
     watch.start()
     begin = time.perf_counter()
-    for each in (batch(16), work):
+    for each in (batch(32), work):
         assert ready.update(each, 1e-5).finite
     watch.stopped.set()
     watch.join()

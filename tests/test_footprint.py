@@ -16,12 +16,21 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from scope_opd.config import TrainConfig
 from scope_opd.errors import ModelError
 from scope_opd.models.checkpointing import Setting
-from scope_opd.models.footprint import forward_flops, run_update, scoring_moments, shape_of, update_moments
+from scope_opd.models.footprint import (
+    forward_flops,
+    ragged,
+    run_update,
+    scoring_moments,
+    shape_of,
+    update_moments,
+)
 from scope_opd.models.head import HeadView, response_logprobs
 from scope_opd.models.memory import DRAW_BYTES, Layout, Student, Updates, cache_bytes, largest, resident
+from scope_opd.models.packed_attention import Layout as Pack
+from scope_opd.models.packed_attention import enable
 from scope_opd.models.shapes import published_config
 from scope_opd.models.watch import Watch
-from scope_opd.rollout.local import draw
+from scope_opd.rollout.drawing import draw
 from scope_opd.train.optim import Optimizer
 from scope_opd.types import SamplingParams
 
@@ -84,6 +93,24 @@ class TestAgainstTheRealModel:
         run_update(HeadView(model), watch, TOKENS, rows=rows, checkpointing=checkpointing)
         watch.detach()
         planned = update_moments(config, TOKENS, rows=rows, checkpointing=checkpointing)
+        assert totals(planned) == totals(watch.moments)
+
+    @pytest.mark.parametrize(("long", "checkpointing"), [(2048, "off"), (2048, "full"), (64, "off")])
+    def test_so_they_are_of_a_packed_row(
+        self, family: str, checkpointing: Setting, long: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Short sequences are padded in attention; long ones go through it as they lie in the row."""
+        monkeypatch.setattr("scope_opd.models.packed_attention.LONG", long)
+        config, tokens = CONFIGS[family], TOKENS
+        model = real(config)
+        assert enable(model)
+        assert (Pack(ragged(tokens)).moves(torch.device("cpu")) is None) == (long == 64)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        watch = Watch(model)
+        run_update(HeadView(model), watch, tokens, packed=True, checkpointing=checkpointing)
+        watch.detach()
+        planned = update_moments(config, tokens, packed=True, checkpointing=checkpointing)
         assert totals(planned) == totals(watch.moments)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -222,7 +249,7 @@ class TestPrecision:
 
     def test_drawing_takes_what_is_planned_for_a_logit(self) -> None:
         model = real(CONFIGS["qwen3"])
-        rows, vocabulary = 6, 3000
+        rows, vocabulary = 3, 600_000  # so long that what is summed by blocks is small
         logits, uniform = torch.randn(rows, vocabulary), torch.rand(rows, dtype=torch.float64)
         watch = Watch(model)
         with watch:

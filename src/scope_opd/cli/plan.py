@@ -122,8 +122,9 @@ def plan(config: Config, machine: Machine, *, mean_response: int | None = None) 
     config = _within(config, found, limits)
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     budget = config.train.max_tokens_per_microbatch
-    step_tokens = -(-config.train.prompts_per_step * config.rollout.n * longest // machine.ranks)
-    found.microbatch = min(max(budget, longest), max(step_tokens, longest))
+    prompts = -(-config.train.prompts_per_step // config.train.minibatches)
+    share = -(-prompts * config.rollout.n * longest // machine.ranks)
+    found.microbatch = min(max(budget, longest), max(share, longest))
     if budget < longest:
         found.warnings.append(
             f"train.max_tokens_per_microbatch = {budget} is below the longest sequence of {longest} tokens: such a one "
@@ -223,6 +224,7 @@ def _student(config: Config) -> Student:
         checkpointing="full"
         if train.activation_checkpointing == "offload" and not gpu
         else train.activation_checkpointing,
+        packed=train.packing and model.attn_implementation != "eager",
         temperature=1.0 if raw else sampled,
         extra_temperature=sampled if raw and sampled != 1.0 else None,
     )
@@ -328,7 +330,7 @@ def _cost(config: Config, found: Plan, student: Student, taught: bool, response:
         "with prompts": rollouts * length,
     }
     passes = config.train.updates_per_batch
-    recorded = rollouts * forward_flops(student.shape, length) if passes > 1 else 0.0
+    recorded = rollouts * forward_flops(student.shape, length) if passes * config.train.minibatches > 1 else 0.0
     once = rollouts * forward_flops(student.shape, length)
     found.flops = {
         "generation": once,

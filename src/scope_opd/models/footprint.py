@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from scope_opd.config import LoraConfig
 from scope_opd.errors import ConfigError, ModelError
 from scope_opd.models.adapters import add_adapters
 from scope_opd.models.checkpointing import Setting, set_checkpointing
 from scope_opd.models.head import HeadView, Tail, TokenScores, _tails, response_logprobs, score_hidden
+from scope_opd.models.packed_attention import packed_attention
+from scope_opd.models.packing import pack
+from scope_opd.models.rows import Rows
 from scope_opd.models.watch import Moments, Watch, decoder_layers
 
 ATTENTION = "scope_footprint"
@@ -122,6 +124,7 @@ def update_moments(
     tokens: int,
     *,
     rows: int = 1,
+    packed: bool = False,
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
     checkpointing: Setting = "off",
@@ -138,6 +141,7 @@ def update_moments(
         config: the model's.
         tokens: prompt + response tokens of the micro-batch; all but a row's first are taken to be response.
         rows: of equal length.
+        packed: one row of ``ragged`` sequences instead. A GPU's kernel for them copies no more than is counted here.
         dtype: of the weights.
         autocast: what matrices are multiplied in, if not in ``dtype``.
         checkpointing: ``train.activation_checkpointing``; of "offload" what is left on the device.
@@ -158,7 +162,7 @@ def update_moments(
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         run_update(
-            _TakenApart(model), watch, tokens, rows=rows, autocast=autocast, checkpointing=checkpointing,
+            _TakenApart(model), watch, tokens, rows=rows, packed=packed, autocast=autocast, checkpointing=checkpointing,
             temperature=temperature, extra_temperature=extra_temperature,
         )  # fmt: skip
 
@@ -171,6 +175,7 @@ def run_update(
     tokens: int,
     *,
     rows: int = 1,
+    packed: bool = False,
     autocast: torch.dtype | None = None,
     checkpointing: Setting = "off",
     temperature: float = 1.0,
@@ -181,9 +186,11 @@ def run_update(
     set_checkpointing(model, checkpointing, keep=_elsewhere if checkpointing == "offload" else None)
     ids, positions = _rows(tokens, rows)
     wanted = ids[positions[:, 0], positions[:, 1]]
+    lengths = ragged(tokens) if packed else (ids.shape[1],) * len(ids)
+    together = Rows(ids, lengths, pack([[0] * length for length in lengths]) if packed else None)
     with watch:
         with _cast(autocast):
-            hidden = view.response_hidden(ids, None, positions)
+            hidden = together.response_hidden(view, positions)
             watch.note("kept")
             watch.moment = "head"
             scores = score_hidden(view, hidden, wanted, temperature, extra_temperature=extra_temperature)
@@ -291,7 +298,18 @@ def _on_device(model: PreTrainedModel) -> PreTrainedModel:
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any) -> Any:
     """Fused attention without a mask, what training does with right padding or packed rows."""
-    return sdpa_attention_forward(module, query, key, value, None, **more)
+    return packed_attention(module, query, key, value, None, **more)
+
+
+def ragged(tokens: int) -> tuple[int, ...]:
+    """Lengths of four sequences of so many tokens together, for which attention over a pack copies about the most.
+
+    They differ by a quarter, so that short ones go through attention together, with padding (``packed_attention``).
+    """
+    if tokens < 8:
+        return (tokens,)
+    long, short = -(-2 * tokens // 7), 3 * tokens // 14
+    return (long, tokens - long - 2 * short, short, short)
 
 
 def _rows(tokens: int, rows: int) -> tuple[Tensor, Tensor]:

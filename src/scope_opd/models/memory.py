@@ -63,6 +63,7 @@ class Student:
         offload: ``train.offload``.
         lora: its adapters.
         checkpointing: ``train.activation_checkpointing``.
+        packed: its micro-batches are packs.
         temperature, extra_temperature: of the log-probs.
     """
 
@@ -74,6 +75,7 @@ class Student:
     offload: Literal["off", "optimizer"] = "off"
     lora: LoraConfig | None = None
     checkpointing: Setting = "off"
+    packed: bool = True
     temperature: float = 1.0
     extra_temperature: float | None = None
 
@@ -178,7 +180,7 @@ class Updates:
     def _trace(self, tokens: int) -> Moments:
         student = self.student
         moments = update_moments(
-            student.config, tokens, dtype=student.dtype, autocast=student.autocast,
+            student.config, tokens, packed=student.packed, dtype=student.dtype, autocast=student.autocast,
             checkpointing=student.checkpointing, temperature=student.temperature,
             extra_temperature=student.extra_temperature, lora=student.lora,
         )  # fmt: skip
