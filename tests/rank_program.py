@@ -22,7 +22,7 @@ import torch
 from scope_opd.errors import ModelError, ScopeError
 from scope_opd.ranks import Ranks
 
-LIMIT_S = 60.0
+LIMIT_S = 120.0
 
 
 def fork_ranks(world: int, folder: Path, body: Callable[[int], int], **environment: str) -> list[int]:

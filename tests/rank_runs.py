@@ -11,16 +11,22 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import scope_opd.cli.followers  # noqa: F401 - and with it all that a run needs, once for all that are forked
+from fault_server import MODEL
 from rank_program import fork_ranks, wait_all
+from sampling_server import SamplingServer, Weights
 from scope_opd.cli.main import main as scope
 from scope_opd.train.runfolder import RunFolder
+from tiny import save_pair
 
 COMMON = """
 [rollout]
@@ -47,6 +53,8 @@ RUNS: dict[str, list[str]] = {
         "train.updates_per_batch=2",
     ],
 }  # fmt: skip
+SERVED = "served"
+"""The run that a server samples, which rank 0 brings new weights, and both ranks score in process."""
 NOT_COMPARED = ("time/", "perf/")
 
 
@@ -54,7 +62,9 @@ def start(config: Path, folder: Path, world: int, more: list[str]) -> list[int]:
     arguments = ["train", str(config), "--run-dir", str(folder)]
     for setting in more:
         key, _, value = setting.partition("=")
-        plain = value in ("true", "false") or value.replace(".", "").replace("e-", "").isdigit()
+        plain = (
+            value.startswith("[") or value in ("true", "false") or value.replace(".", "").replace("e-", "").isdigit()
+        )
         arguments += ["--set", f"{key}={value}" if plain else f'{key}="{value}"']
     return fork_ranks(world, folder.parent, lambda rank: scope(arguments))
 
@@ -81,7 +91,8 @@ def compare(folder: Path, config: Path, name: str) -> dict[str, float]:
     found = []
     for world in (1, 2):
         run = folder / f"{name}-{world}"
-        codes = wait_all(start(config, run, world, RUNS[name]))
+        with served(folder) if name == SERVED else nullcontext(RUNS.get(name, [])) as settings:
+            codes = wait_all(start(config, run, world, settings))
         if any(codes):
             raise SystemExit(f"{name}, world {world}: {codes}\n" + "\n".join(texts(folder, world)))
         found.append((rows(run, "metrics"), rows(run, "eval"), load_file(run / "export" / "model.safetensors")))
@@ -95,6 +106,38 @@ def compare(folder: Path, config: Path, name: str) -> dict[str, float]:
         "weights": max(float((one[2][k] - two[2][k]).norm() / one[2][k].norm()) for k in one[2]),
         "dtypes": float(sum(tensor.dtype != torch.float32 for tensor in two[2].values())),
     }
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[list[str]]:
+    """Settings of a run that is sampled by a server, which lives in a process of its own meanwhile."""
+    save_pair(folder / "student", "qwen3", seed=1)
+    save_pair(folder / "teacher", "llama", seed=2)
+    problems = [{"id": f"p{i}", "problem": f"What is {i} + {i + 1}?", "answer": 2 * i + 1} for i in range(6)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    place = folder / "url"
+    place.unlink(missing_ok=True)
+    pid = os.fork()
+    if not pid:
+        signal.alarm(240)
+        weights = Weights(AutoModelForCausalLM.from_pretrained(folder / "student").eval())
+        with SamplingServer(weights) as server:
+            place.with_suffix(".new").write_text(server.url)
+            place.with_suffix(".new").rename(place)
+            signal.pause()
+        os._exit(0)
+    try:
+        while not place.exists():
+            time.sleep(0.05)
+        yield [
+            f"model.path={folder / 'student'}", f"teacher.path={folder / 'teacher'}",
+            f"data.train={folder / 'rows.jsonl'}", f"rollout.base_urls=[{json.dumps(place.read_text())}]",
+            f"rollout.model={MODEL}", "rollout.max_tokens=6", "objective.truncated=incorrect",
+            "run.alarms.uniform_weights=off", "train.lr=0.01",
+        ]  # fmt: skip
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def stopped(folder: Path, config: Path, how: str) -> dict[str, Any]:
@@ -123,7 +166,7 @@ def stopped(folder: Path, config: Path, how: str) -> dict[str, Any]:
 def main(folder: Path) -> dict[str, Any]:
     config = folder / "run.toml"
     config.write_text(COMMON)
-    found: dict[str, Any] = {name: compare(folder, config, name) for name in RUNS}
+    found: dict[str, Any] = {name: compare(folder, config, name) for name in (*RUNS, SERVED)}
     return found | {how: stopped(folder, config, how) for how in ("told", "killed")}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from rank_parity import CASES, worlds_of
-from rank_runs import RUNS
+from rank_runs import RUNS, SERVED
 from scope_opd.cli.ranks import open_ranks
 from scope_opd.config import validate_config
 from scope_opd.errors import ConfigError, ScopeError
@@ -54,7 +54,7 @@ def program(name: str, *arguments: str, limit_s: float) -> Any:
 
 @pytest.fixture(scope="module")
 def parity(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = program("rank_parity", str(tmp_path_factory.mktemp("parity")), limit_s=240)
+    found: dict[str, dict[str, float]] = program("rank_parity", str(tmp_path_factory.mktemp("parity")), limit_s=400)
     return found
 
 
@@ -74,11 +74,11 @@ def test_five_steps_on_recorded_rollouts_are_those_of_one_rank(
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = program("rank_runs", str(tmp_path_factory.mktemp("runs")), limit_s=240)
+    found: dict[str, dict[str, Any]] = program("rank_runs", str(tmp_path_factory.mktemp("runs")), limit_s=400)
     return found
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*RUNS, SERVED])
 def test_a_run_on_two_ranks_is_the_run_on_one(runs: dict[str, dict[str, Any]], name: str) -> None:
     """Sampling, scoring, evaluation, update and export: all that a run leaves but its times."""
     found = runs[name]
@@ -96,7 +96,7 @@ def test_torchrun_trains_with_the_command_line_of_one_rank(tmp_path: Path) -> No
     )
     run = tmp_path / "run"
     train = ["-m", "scope_opd", "train", str(config), "--run-dir", str(run)]
-    out = program("torch.distributed.run", "--standalone", "--nproc-per-node", "2", *train, limit_s=120)
+    out = program("torch.distributed.run", "--standalone", "--nproc-per-node", "2", *train, limit_s=200)
     assert out.count("done: 1 step in") == 1
     assert json.loads((run / "status.json").read_text())["phase"] == "done"
     assert {file.name for file in (run / "checkpoints" / "step-000001").glob("*.distcp")} >= {"__1_0.distcp"}
@@ -107,7 +107,7 @@ def test_torchrun_trains_with_the_command_line_of_one_rank(tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = program("rank_program", str(tmp_path_factory.mktemp("ends")), limit_s=120)
+    found: dict[str, dict[str, Any]] = program("rank_program", str(tmp_path_factory.mktemp("ends")), limit_s=200)
     return found
 
 
