@@ -1,8 +1,9 @@
 """Log-probs of tokens with gradient: objective.chunked against full logits, in time and in memory.
 
-    python benchmarks/logprobs.py                         # CPU, float32: 4,096 tokens with naive, 16,384 without
-    python benchmarks/logprobs.py --tokens 1024 --tiles   # shorter; and a table over sides of a tile
-    python benchmarks/logprobs.py --device cuda           # bfloat16; also the kernels of Liger and cut-cross-entropy
+    python benchmarks/logprobs.py --tokens 4096 --ways naive chunked --rounds 1      # CPU, float32: about four minutes
+    python benchmarks/logprobs.py --tokens 16384 --ways chunked --rounds 1 --passes 1    # naive does not fit; five
+    python benchmarks/logprobs.py --tokens 1024 --ways chunked --rounds 1 --tiles        # sides of a tile; five
+    python benchmarks/logprobs.py --device cuda      # bfloat16; also the kernels of Liger and cut-cross-entropy
 
 Hidden size 1,536 and 151,936 ids (Qwen2.5-1.5B) unless told otherwise. ``naive`` is (h W^T).log_softmax().gather();
 every way computes the log-probs of given tokens and the gradients of hidden states and matrix, under a loss that is
@@ -10,11 +11,12 @@ not linear in the log-probs (a clipped ratio). ``chunked`` gives the entropy bes
 naive does; ``chunked, frozen head`` needs no gradient of the matrix. Fused cross-entropy kernels give a loss a token,
 which is the same number; they run where they can be imported, for their time and memory.
 
-Each figure comes from a process of its own, ways in turn, medians over ``--rounds``. Memory is the peak above the
-inputs, the gradients of both counted: on a CPU that of the resident set (the kernel's own high-water mark, reset once
-the inputs are there), on a GPU of what torch has allocated. Time is the second of two passes, and wall time
-(``--cpu-time``: of the process, for busy machines). Prints a table on stderr and one JSON line; ``ratios`` are
-chunked / naive.
+Minutes are for two quiet cores; naive at 4,096 tokens takes about 10 GB. Without options all ways run at both sizes,
+for three rounds: an hour. Each figure comes from a process of its own, ways in turn, medians over ``--rounds``. Memory
+is the peak above the inputs, the gradients of both counted: on a CPU that of the resident set (the kernel's own
+high-water mark, reset once the inputs are there), on a GPU of what torch has allocated. Time is the second of two
+passes (``--passes 1``: the only one), and wall time (``--cpu-time``: of the process, for busy machines). Prints a table
+on stderr and one JSON line; ``ratios`` are chunked / naive.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--passes", type=int, choices=[1, 2], default=2)
     parser.add_argument("--ways", nargs="+", help=f"of {', '.join((*WAYS, *KERNELS))}")
     parser.add_argument("--tiles", action="store_true", help="a table over sides of a tile, at the first --tokens")
     parser.add_argument("--cpu-time", action="store_true")
@@ -100,7 +103,7 @@ def rounds(args: argparse.Namespace, jobs: dict[str, dict[str, Any]]) -> dict[st
 
 def child(args: argparse.Namespace, job: dict[str, Any]) -> str:
     command = [sys.executable, __file__, "--one", json.dumps(job)]
-    for name in ("hidden", "vocabulary", "device", "threads"):
+    for name in ("hidden", "vocabulary", "device", "threads", "passes"):
         command += [f"--{name}", str(getattr(args, name))]
     if args.cpu_time:
         command.append("--cpu-time")
@@ -143,9 +146,11 @@ def measure(args: argparse.Namespace, way: str, tokens: int, tile: list[int] | N
     warm = torch.randn(64, 64, device=device)  # the libraries' own threads and workspaces
     (warm @ warm).sum().item()
     before = reset_peak(args.device)
-    run()
+    seconds = run()
     peak = read_peak(args.device) - before
-    return {"seconds": run(), "peak_gb": peak / 1e9, "gradients_gb": (weight.nbytes + hidden.nbytes) / 1e9}
+    if args.passes > 1:
+        seconds = run()
+    return {"seconds": seconds, "peak_gb": peak / 1e9, "gradients_gb": (weight.nbytes + hidden.nbytes) / 1e9}
 
 
 def scorer(way: str, tile: list[int] | None) -> Callable[..., Any] | None:

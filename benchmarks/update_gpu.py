@@ -258,7 +258,7 @@ def logprobs(args: argparse.Namespace, device: Any, name: str) -> Figures:
     tokens = LOGPROBS[name][args.smoke]
     sizes = argparse.Namespace(
         hidden=64 if args.smoke else 1536, vocabulary=2000 if args.smoke else 151_936, device=device.type,
-        threads=torch.get_num_threads(), cpu_time=False,
+        threads=torch.get_num_threads(), cpu_time=False, passes=2,
     )  # fmt: skip
     ways = [*script.WAYS, *(script.KERNELS if device.type == "cuda" else ())]
     figures: Figures = {"tokens": tokens, "hidden": sizes.hidden, "vocabulary": sizes.vocabulary}
@@ -267,6 +267,9 @@ def logprobs(args: argparse.Namespace, device: Any, name: str) -> Figures:
             figures[way] = script.measure(sizes, way, tokens)
         except Exception as error:  # naive may not fit, a kernel may not know this GPU
             figures[way] = {"error": _line(error)}
+        _free(device)
+    for tile in () if args.smoke else ((1024, 32_768), (4096, 8192), (4096, 32_768)):
+        figures[f"chunked, tiles of {tile[0]} x {tile[1]}"] = script.measure(sizes, "chunked", tokens, list(tile))
         _free(device)
     naive = figures["naive"]
     if "seconds" in naive:
