@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from scope_opd.cli.main import main
-from scope_opd.cli.ray_launcher import Desk, train_under_ray
+from scope_opd.cli.ray_launcher import _knock, train_under_ray
+from scope_opd.cli.ray_worker import Desk
 from scope_opd.config import validate_config
 from scope_opd.errors import ConfigError
 from scope_opd.train.signals import Interrupted, Signals, request
@@ -87,6 +88,12 @@ def test_an_address_needs_the_launcher(tmp_path: Path, capsys: pytest.CaptureFix
     config.touch()
     assert main(["train", str(config), "--address", "auto"]) == 2
     assert "--address auto without --launcher" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nobody", "a:b", "127.0.0.1:99999"])
+def test_a_cluster_that_is_not_there_is_one_line_at_once(address: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--address {address}: .*; expected HOST:PORT"):
+        _knock(address)
 
 
 class TestTheDesk:
