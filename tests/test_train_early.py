@@ -97,6 +97,7 @@ def updated(
 CASES = [(method, "token", {}) for method in method_names()] + [
     ("scope", "prompt", {}), ("scope", "sequence", {}), ("grpo", "sequence", {}), ("reward_opd", "prompt", {}),
     ("dual_path", "token", {"reference_kl": 0.3}), ("opd", "prompt", {"distill": "full_kl"}),
+    ("scope", "prompt", {"distill": "topk_reverse_kl", "topk": 9}),
 ]  # fmt: skip
 
 
