@@ -18,27 +18,20 @@ import torch
 import transformers
 
 from scope_opd.config import Config
-from scope_opd.errors import DataError, RunFailed, RunFolderError
+from scope_opd.errors import DataError, RunFailed
 from scope_opd.pipeline import Collected, GroupsHook
 from scope_opd.tracking import Tracker, open_trackers
 from scope_opd.tracking.base import RunDescription, numbers
 from scope_opd.train.alarms import Alarms
 from scope_opd.train.batch import Batch
-from scope_opd.train.best import Best
-from scope_opd.train.checkpoint import Checkpoint, Checkpoints, checkpoint_name, list_checkpoints
+from scope_opd.train.checkpoint import Checkpoint, checkpoint_name
 from scope_opd.train.engines import Engines, TrainResult
 from scope_opd.train.export import export_model
 from scope_opd.train.metrics import rollout_rows, step_metrics, timeline_row
 from scope_opd.train.optim import lr_at
 from scope_opd.train.progress import Display, open_display
-from scope_opd.train.resume import (
-    config_hash,
-    refuse_other_config,
-    refuse_other_data,
-    refuse_other_models,
-    refuse_to_start_over,
-)
 from scope_opd.train.runfolder import RunFolder
+from scope_opd.train.saving import Saving
 from scope_opd.train.shards import rng_state
 from scope_opd.train.signals import Interrupted, RunInterrupted, Signals
 from scope_opd.train.step import Learner, Outcome
@@ -69,12 +62,11 @@ class Session:
         self.config, self.engines, self.learner = config, engines, learner
         self.step = self.policy_version = 0
         self.timeline = engines.pipeline.timeline
-        self._evaluated = self._saved = -1
+        self._evaluated = -1
         self._sync_s = 0.0
         self._asleep = False
         self._half_done = False
         self._resume, self._allow = resume, allow_config_change
-        self._best = Best(config.best_figure)
         self._alarms = Alarms(config.run.alarms, weights_use_tau=engines.weights_use_tau)
         self._signals = Signals()
         self._trackers: list[Tracker] = []
@@ -82,14 +74,13 @@ class Session:
         self._rng: dict[str, Any] = {}
         self._display: Display = open_display(progress, steps=config.train.steps)
         self._folder: RunFolder
-        self._checkpoints: Checkpoints
+        self._saving: Saving
 
     # --- opening and closing -----------------------------------------------------------------------------------------
 
     def __enter__(self) -> Session:
-        run = self.config.run
-        self._folder = RunFolder.open(run.dir, resume=self._resume)
-        self._checkpoints = Checkpoints(self._folder.path / "checkpoints", self.learner.shards, keep_last=run.keep_last)
+        self._folder = RunFolder.open(self.config.run.dir, resume=self._resume)
+        self._saving = Saving(self.config, self.engines, self.learner.shards, self._folder)
         try:
             self._start()
         except BaseException:
@@ -109,12 +100,12 @@ class Session:
                 raise RunInterrupted(error.number, self.step, self.config.run.dir) from None
             if isinstance(error, Exception):
                 with suppress(RunFailed):  # the error at hand is the one to tell; the checkpoint before it stands
-                    self._settle(wait=True)
+                    self._saving.settle(wait=True)
                 with suppress(RunFailed):
-                    if not self._half_done and self.step > max(self._saved, 0):
+                    if not self._half_done and self.step > max(self._saving.step, 0):
                         self._save(wait=True)
         finally:
-            self._checkpoints.abandon()
+            self._saving.abandon()
             self.learner.ranks.shield = nullcontext
             self._signals.__exit__(None, None, None)
             self._close()
@@ -133,19 +124,9 @@ class Session:
             self._folder.close()
 
     def _start(self) -> None:
-        config, folder, damage, changes = self.config, self._folder, list[str](), list[str]()
-        found = self._checkpoints.newest_sound(damage.append) if self._resume else None
-        if found is not None:
-            changes = refuse_other_config(config, found.trainer["config"], found.step, allow=self._allow)
-            refuse_other_models(
-                found.trainer["models"], self.engines.fingerprints,
-                tolerance=config.teacher.fingerprint_tolerance, accepted=changes,
-            )  # fmt: skip
-            self._best.restore(found.trainer["best"], {step for step, _ in list_checkpoints(found.path.parent)})
-        elif self._resume:
-            changes = refuse_to_start_over(folder.path, config, damage, allow=self._allow)
-        if self._resume:
-            refuse_other_data(folder.path, self.engines.data, accepted=changes)
+        config, folder, damage = self.config, self._folder, list[str]()
+        found, changes = self._saving.find(damage.append, allow=self._allow) if self._resume else (None, [])
+        best = self._saving.best.found
         folder.cut(found.trainer["offsets"] if found is not None else {})
         first = self.engines.schedule.batch(0)
         folder.begin(
@@ -160,7 +141,7 @@ class Session:
                 "device": str(self.learner.device),
                 "data": self.engines.data,
                 "first_prompt": first[0].text if first else "",
-                **({} if self._best.found is None else {"best": self._best.found}),
+                **({} if best is None else {"best": best}),
             },
             run_id=found.trainer["run_id"] if found is not None else None,
         )
@@ -172,21 +153,14 @@ class Session:
         for line in damage:
             self._say("warning", line)
         if found is not None:
-            self._there()  # what was told of it was cut off with all that came after it
+            self._saving.note()  # what was told of it was cut off with all that came after it
         if changes:
             self._say("config_change", f"accepted: {', '.join(changes)}")
         if self._resume:
             whence = f"step {self.step}" if found is not None else "the beginning (no checkpoint yet)"
             self._say("resume", f"resumed from {whence}")
-        if found is not None:
-            for what, before, now in (
-                ("torch threads", found.trainer["threads"], torch.get_num_threads()),
-                ("ranks", found.world, self.engines.ranks.world),
-            ):
-                if before != now:
-                    remedy = "; set train.threads" if what == "torch threads" else ""
-                    line = f"{now} {what}, {before} before the interruption: the numbers may differ in their last bits"
-                    self._say("warning", line + remedy)
+        for line in self._saving.changes(found) if found is not None else ():
+            self._say("warning", line)
         self._trackers = open_trackers(
             config.run.trackers,
             RunDescription(
@@ -202,17 +176,11 @@ class Session:
         self._track_evaluation([row for row in folder.rows("eval") if row["step"] == self.step])
 
     def _restore(self, found: Checkpoint) -> None:
+        self._saving.load(found)
         trainer = found.trainer
-        try:
-            self._checkpoints.load(found)
-        except ValueError as error:
-            raise RunFolderError(
-                f"checkpoint {found.path}: {error}", "the weights of this run's student", "check model.path"
-            ) from None
         self._alarms.load_state(trainer["alarms"])
         self.step, self.policy_version = found.step, trainer["policy_version"]
-        self._evaluated, self._saved = trainer["evaluated"], found.step
-        self._last_row = trainer["last_row"]
+        self._evaluated, self._last_row = trainer["evaluated"], trainer["last_row"]
 
     # --- inside a step -----------------------------------------------------------------------------------------------
 
@@ -356,13 +324,12 @@ class Session:
         Raises:
             RunFailed: the checkpoint that was being written meanwhile could not be.
         """
-        self._settle(wait=False)
+        self._saving.settle(wait=False)
         if self._evaluation_due() and self._evaluated < self.step:
             self.publish()
             self.phase("evaluation")
             self._evaluate()
-        every = self.config.run.checkpoint_every
-        if (every and self.step and self.step % every == 0) or self.step in self._best.kept:
+        if self._saving.due(self.step):
             self._save()
 
     def finish(self) -> TrainResult:
@@ -407,7 +374,7 @@ class Session:
             self._folder.append("eval", rows)
             self._evaluated = self.step
             self._rng = rng_state()
-            self._best.look(self.step, rows)
+            self._saving.look(self.step, rows)
             self._track_evaluation(rows)
 
     def _track_evaluation(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -427,58 +394,20 @@ class Session:
             RunFailed: it, or the one before it, could not be written.
         """
         assert not self._half_done, "no checkpoint of a half-done step"
+        saving = self._saving
         with self._signals.shielded():
-            self._settle(wait=wait or self._saved != self.step)
-            if self._saved == self.step:
+            saving.settle(wait=wait or saving.step != self.step)
+            if saving.step == self.step:
                 return
             self.phase("saving")
-            self._checkpoints.save(
-                self.step,
-                {
-                    "step": self.step,
-                    "policy_version": self.policy_version,
-                    "prompts": self.step * self.config.train.prompts_per_step,
-                    "evaluated": self._evaluated,
-                    "best": self._best.found,
-                    "offsets": self._folder.offsets(),
-                    "run_id": self._folder.info["run_id"],
-                    "alarms": self._alarms.state(),
-                    "last_row": self._last_row,
-                    "threads": torch.get_num_threads(),
-                    "torch": torch.__version__,
-                    "models": dict(self.engines.fingerprints),
-                    "config": self.config.model_dump(mode="json"),
-                    "config_hash": config_hash(self.config),
-                },
-                self._rng,
-                keep=self._best.kept,
-            )
-            self._saved = self.step
-            self._settle(wait=wait or not self.config.run.async_checkpoints)
-
-    def _settle(self, *, wait: bool) -> None:
-        """Take note of the checkpoint under way, if it is there by now.
-
-        Raises:
-            RunFailed: it could not be written.
-        """
-        try:
-            path = self._checkpoints.settle(wait=wait)
-        except RunFailed:
-            self._saved = -1
-            raise
-        if path is not None:
-            self._there()
-
-    def _there(self) -> None:
-        """The checkpoint of step ``_saved`` is whole and in its place."""
-        self._folder.event(self._saved, "checkpoint", checkpoint_name(self._saved))
-        best = self._best.found
-        if best is not None and best["step"] == self._saved:
-            figure, value = best["figure"], best["value"]
-            line = f"{checkpoint_name(self._saved)}: {figure} = {value:.4f}"
-            self._folder.event(self._saved, "best", line, figure=figure, value=value)
-            self._folder.note(best=best)
+            facts = {
+                "policy_version": self.policy_version,
+                "evaluated": self._evaluated,
+                "alarms": self._alarms.state(),
+                "last_row": self._last_row,
+            }
+            saving.save(self.step, facts, self._rng)
+            saving.settle(wait=wait or not self.config.run.async_checkpoints)
 
     def _say(self, kind: str, message: str, **more: Any) -> None:
         self._folder.event(self.step, kind, message, **more)
