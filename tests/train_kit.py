@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from scope_opd.cli.engines import paths_weighted_by_perplexity, surrogate_settings, teacher_temperature
+from scope_opd.cli.engines import paths_weighted_by_perplexity, surrogate_settings
 from scope_opd.cli.inputs import build_configured_method
+from scope_opd.cli.models import teacher_temperature
 from scope_opd.config import Config, load_config, validate_config
 from scope_opd.credit import assign_credit
 from scope_opd.models.adapters import add_adapters

@@ -205,7 +205,7 @@ def sample_rates(config: Config, prompts: Sequence[Prompt], samples: int, rates:
     """Sample and judge the prompts that have no rate yet, batch by batch."""
     import torch
 
-    from scope_opd.cli import engines, inputs
+    from scope_opd.cli import inputs, models
     from scope_opd.models.loading import end_token_ids, resolve_device
     from scope_opd.pipeline import Pipeline
     from scope_opd.types import SamplingParams
@@ -214,7 +214,7 @@ def sample_rates(config: Config, prompts: Sequence[Prompt], samples: int, rates:
         torch.set_num_threads(config.train.threads)
     device = resolve_device(config.train.device)
     verifier, _ = inputs.build_verifier(config, prompts)
-    student = engines.load_student(config, device)
+    student = models.load_student(config, device)
     params = SamplingParams(
         n=samples,
         temperature=config.rollout.temperature,
@@ -222,7 +222,7 @@ def sample_rates(config: Config, prompts: Sequence[Prompt], samples: int, rates:
         stop_token_ids=end_token_ids(student, tokenizer, config.chat.stop_token_ids),
         seed=filter_seed(config.run.seed),
     )
-    sampler = engines.eval_sampler(config, student, tokenizer, engines.autocast_dtype(config, device))
+    sampler = models.eval_sampler(config, student, tokenizer, models.autocast_dtype(config, device))
     pipeline = Pipeline(sampler, verifier, None, lambda _: False)
     if rates.done:
         print(f"going on after {rates.done} of {len(prompts)} prompts", file=sys.stderr, flush=True)

@@ -201,7 +201,7 @@ def verifier(config: Config, prompts: Sequence[Prompt]) -> Finding:
 
 def pair(config: Config, seen: Seen) -> Iterator[Finding]:
     """Student and teacher: folders, tokenizers, end tokens, chat templates, memory for the longest sequences."""
-    from scope_opd.cli import checks, engines, inputs, servers
+    from scope_opd.cli import checks, inputs, models, servers
     from scope_opd.cli.checks import Finding, free_memory, gigabytes
     from scope_opd.cli.ends import judge_ends, served_ends
     from scope_opd.cli.templates import compare_prompts
@@ -210,7 +210,7 @@ def pair(config: Config, seen: Seen) -> Iterator[Finding]:
     method = inputs.build_configured_method(config)
     with_teacher = inputs.needs_teacher(config, method)
     device = resolve_device(config.train.device)
-    student, loaded = _described(config.model, lambda: engines.load_student(config, device))
+    student, loaded = _described(config.model, lambda: models.load_student(config, device))
     seen.student, note = (student if loaded else None), _note(loaded)
     parameters = sum(parameter.numel() for parameter in student.parameters())
     yield Finding("student", "ok", f"{config.model.path}: {_shape(student)}, {note}")
@@ -223,14 +223,14 @@ def pair(config: Config, seen: Seen) -> Iterator[Finding]:
         urls += [url for route in config.teacher.routes.values() for url in route.base_urls]
         yield Finding("teacher", "ok", f"behind servers: {', '.join(urls)}")
         if method.needs_teacher(True) or method.needs_teacher(False):
-            servers.check_temperature(config, engines.teacher_temperature(config))
+            servers.check_temperature(config, models.teacher_temperature(config))
         served = inputs.teacher_tokenizer(config)
         yield checks.unknown_tokenizer() if served is None else checks.compare_tokenizers(tokenizer, served)
         yield judge_ends(config, ends, served_ends(config, served), tokenizer, served)[0]
         if served is not None and seen.rows:
             yield compare_prompts(config, seen.rows, tokenizer, served)
     elif with_teacher:
-        teacher, loaded = _described(config.teacher, lambda: engines.load_teacher(config, device))
+        teacher, loaded = _described(config.teacher, lambda: models.load_teacher(config, device))
         seen.teacher = teacher if loaded else None
         yield Finding("teacher", "ok", f"{config.teacher.path}: {_shape(teacher)}, {_note(loaded)}")
         theirs = inputs.teacher_tokenizer(config)

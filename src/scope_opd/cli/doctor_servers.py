@@ -295,7 +295,7 @@ def _teacher_is_student(
     config: Config, visit: Visit, seen: Seen, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Finding]:
     """A teacher that is the student must find nothing to teach: log pi_S - log pi_T is 0 at every token."""
-    from scope_opd.cli.engines import student_temperature, teacher_temperature
+    from scope_opd.cli.models import student_temperature, teacher_temperature
 
     assert seen.student is not None
     subject = "teacher = student"
@@ -373,7 +373,7 @@ def _fixed(token_ids: Sequence[int]) -> Rollout:
 def _small_teacher(config: Config, seen: Seen) -> PreTrainedModel | None:
     """The served teacher's own weights, where they are here and small."""
     from scope_opd.cli.doctor import is_small
-    from scope_opd.cli.engines import load_teacher
+    from scope_opd.cli.models import load_teacher
     from scope_opd.models.loading import resolve_device
 
     if seen.teacher is None and is_small(config.teacher.path):

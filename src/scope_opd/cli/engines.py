@@ -7,14 +7,12 @@ be checked cheaply is checked before weights are loaded.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from scope_opd.cli import checks, samplers, servers
 from scope_opd.cli.early import eval_source
@@ -30,6 +28,20 @@ from scope_opd.cli.inputs import (
     student_tokenizer,
     teacher_tokenizer,
 )
+from scope_opd.cli.models import (
+    autocast_dtype,
+    embedding_rows,
+    eval_sampler,
+    frozen_reference,
+    head_rows,
+    load_student,
+    load_teacher,
+    local_teacher,
+    plain_student,
+    student_temperature,
+    teacher_sampler,
+    teacher_temperature,
+)
 from scope_opd.cli.pipelines import build_pipeline, steps_ahead
 from scope_opd.cli.ranks import EVALUATION, TRAIN, Facts, rank_device
 from scope_opd.cli.templates import compare_prompts
@@ -40,23 +52,16 @@ from scope_opd.errors import ConfigError
 from scope_opd.evaluate.run import evaluate, evaluation_seed
 from scope_opd.models.adapters import add_adapters
 from scope_opd.models.fingerprint import weights_digest
-from scope_opd.models.head import HeadView
-from scope_opd.models.loading import end_token_ids, load_model, resolve_device
-from scope_opd.models.packed_attention import enable
-from scope_opd.models.rows import Rows, rows_logprobs
+from scope_opd.models.loading import end_token_ids, resolve_device
 from scope_opd.objective.methods import Method
 from scope_opd.ranks import Ranks
 from scope_opd.rollout.local import LocalSampler
 from scope_opd.rollout.samplers import Samplers
 from scope_opd.rollout.shared import SharedSampler
-from scope_opd.teacher.ends import EndTokens
 from scope_opd.teacher.local import LocalTeacher
 from scope_opd.teacher.shared import SharedTeacher
-from scope_opd.train.engines import Engines, SurrogateSettings, TokenFunction
+from scope_opd.train.engines import Engines, SurrogateSettings
 from scope_opd.types import Prompt, Sampler, SamplingParams, Teacher, Verifier
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(slots=True)
@@ -170,7 +175,7 @@ def _build_engines(config: Config, commits: Mapping[str, str], ranks: Ranks, und
     add_adapters(student, config.model.lora, seed=config.run.seed)  # before anything takes it apart
     ends = end_token_ids(student, tokenizer, config.chat.stop_token_ids)
     findings = [
-        checks.vocabulary_rows([*train_prompts, *eval_prompts], ends, "student", _rows(student)),
+        checks.vocabulary_rows([*train_prompts, *eval_prompts], ends, "student", embedding_rows(student)),
         checks.learning_rate(config, student.num_parameters()),
     ]
     autocast = autocast_dtype(config, device)
@@ -186,7 +191,7 @@ def _build_engines(config: Config, commits: Mapping[str, str], ranks: Ranks, und
     sampler: Sampler
     publisher = None
     if sampled is not None:
-        sampler = samplers.served_sampler(sampled, tokenizer, _head_rows(student))
+        sampler = samplers.served_sampler(sampled, tokenizer, head_rows(student))
         publisher = samplers.publisher(config, sampled, plain, tokenizer, plain_autocast)
         undo.callback(publisher.close)
     else:
@@ -204,7 +209,7 @@ def _build_engines(config: Config, commits: Mapping[str, str], ranks: Ranks, und
         scorer = servers.pool_teacher(config, served, judged)
         fingerprints["teacher"] = {"served": served.fingerprints()}
         if method.sampled_by == "teacher":
-            sampler = servers.server_sampler(config, served, tokenizer, _head_rows(student))
+            sampler = servers.server_sampler(config, served, tokenizer, head_rows(student))
             temperature = config.teacher.temperature or sampling.temperature
             sampling = replace(sampling, temperature=temperature)
     elif with_teacher:
@@ -215,7 +220,7 @@ def _build_engines(config: Config, commits: Mapping[str, str], ranks: Ranks, und
         finding, judged = judge_ends(config, ends, teacher_ends, tokenizer, theirs)
         findings += [
             finding,
-            checks.vocabulary_rows(train_prompts, (), "teacher", _rows(teacher)),
+            checks.vocabulary_rows(train_prompts, (), "teacher", embedding_rows(teacher)),
         ]
         if method.sampled_by == "teacher":
             sampler = _shared(teacher_sampler(config, teacher, tokenizer, student), ranks, TRAIN)
@@ -264,79 +269,8 @@ def _build_engines(config: Config, commits: Mapping[str, str], ranks: Ranks, und
     return Built(engines, method, train_prompts, eval_prompts, verifier, scorer, about, warnings, sampled)
 
 
-def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
-    """What the student computes in where it is not its weights' own: bfloat16 for float32 weights on a GPU."""
-    return torch.bfloat16 if device.type == "cuda" and config.train.param_dtype == "float32" else None
-
-
-def load_student(config: Config, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The student in ``train.param_dtype`` on its device."""
-    model = config.model
-    return load_model(
-        model.path,
-        revision=model.revision,
-        dtype=dtype or getattr(torch, config.train.param_dtype),
-        device=device,
-        attn_implementation=model.attn_implementation,
-        trust_remote_code=model.trust_remote_code,
-    )
-
-
-def plain_student(config: Config, device: torch.device) -> PreTrainedModel:
-    """With several ranks: the copy that decodes and is published, in the dtype that the student computes in."""
-    computes = autocast_dtype(config, device)
-    if computes is None or (config.rollout.served and config.serving.student.dtype == "float32"):
-        return load_student(config, device)
-    return load_student(config, device, computes)
-
-
-def local_teacher(config: Config, teacher: PreTrainedModel, ends: EndTokens | None) -> LocalTeacher:
-    """The teacher that scores in this process."""
-    return LocalTeacher(
-        teacher,
-        temperature=teacher_temperature(config),
-        max_tokens_per_batch=config.teacher.max_tokens_per_batch,
-        log_prob_floor=config.teacher.log_prob_floor,
-        ends=ends,
-    )
-
-
-def teacher_sampler(
-    config: Config, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel
-) -> LocalSampler:
-    """Draws the teacher's responses, for ``kd``."""
-    # A teacher's head may have more rows: what the student has no row for it could not be trained on.
-    return LocalSampler(teacher, tokenizer, max_rows=config.rollout.max_rows, vocabulary=_head_rows(student))
-
-
 def _shared(sampler: LocalSampler, ranks: Ranks, name: str) -> Sampler:
     return sampler if ranks.world == 1 else SharedSampler(sampler, ranks, name)
-
-
-def load_teacher(config: Config, device: torch.device) -> PreTrainedModel:
-    """The teacher, frozen, in ``teacher.dtype``."""
-    teacher = config.teacher
-    dtype = teacher.dtype if teacher.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-    loaded = load_model(
-        teacher.path,
-        revision=teacher.revision,
-        dtype=getattr(torch, dtype),
-        device=device,
-        attn_implementation=teacher.attn_implementation,
-        trust_remote_code=teacher.trust_remote_code,
-    )
-    loaded.requires_grad_(False)
-    return loaded
-
-
-def teacher_temperature(config: Config) -> float:
-    """What the teacher's logits are divided by: the sampling temperature if ``matched``, else 1."""
-    return config.rollout.temperature if config.objective.temperature == "matched" else 1.0
-
-
-def student_temperature(config: Config) -> float:
-    """What the student's logits are divided by in the objective."""
-    return 1.0 if config.objective.temperature == "raw" else config.rollout.temperature
 
 
 def surrogate_settings(
@@ -362,22 +296,6 @@ def surrogate_settings(
 def _bound(given: float | Literal["off"] | None, own: float | None) -> float | None:
     """A clip of the config: its number, none for "off", the method's own where nothing is given."""
     return own if given is None else None if given == "off" else given
-
-
-def frozen_reference(config: Config, student: PreTrainedModel, autocast: torch.dtype | None) -> TokenFunction:
-    """Log-probs of the student as it was loaded: resuming loads the same weights before the checkpoint's."""
-    view = HeadView(copy.deepcopy(student).requires_grad_(False))
-    enable(view.model)  # it takes packs where the student does
-    temperature = student_temperature(config)
-
-    def logprobs(rows: Rows, positions: Tensor) -> Tensor:
-        precision: Any = contextlib.nullcontext()
-        if autocast is not None:
-            precision = torch.autocast(rows.input_ids.device.type, dtype=autocast)
-        with torch.no_grad(), precision:
-            return rows_logprobs(view, rows, positions, temperature, entropy=False).logprobs
-
-    return logprobs
 
 
 def paths_weighted_by_perplexity(method: Method) -> frozenset[str]:
@@ -434,22 +352,3 @@ def build_model_evaluator(config: Config) -> Callable[[int, int], Any]:
     ends = end_token_ids(model, tokenizer, config.chat.stop_token_ids)
     sampler = eval_sampler(config, model, tokenizer, autocast_dtype(config, device))
     return build_evaluator(config, sampler, verifier, prompts, ends, distinct_key)
-
-
-def eval_sampler(
-    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast: torch.dtype | None
-) -> LocalSampler:
-    """Decodes no more rows at once than training does, so that what trains also evaluates in the same memory."""
-    rows = config.rollout.max_rows or config.train.prompts_per_step * config.rollout.n
-    return LocalSampler(model, tokenizer, max_rows=rows, autocast=autocast)
-
-
-def _head_rows(model: PreTrainedModel) -> int:
-    """Ids that a model can both read and predict."""
-    head: Any = model.get_output_embeddings()
-    return min(_rows(model), int(head.weight.shape[0])) if head is not None else _rows(model)
-
-
-def _rows(model: PreTrainedModel) -> int:
-    embeddings: Any = model.get_input_embeddings()
-    return int(embeddings.num_embeddings)

@@ -6,9 +6,18 @@ agree. Not covered: what a follower then does (``train.loop.follow``).
 
 from __future__ import annotations
 
-from scope_opd.cli import engines as build
 from scope_opd.cli.early import eval_source
 from scope_opd.cli.inputs import build_configured_method, needs_teacher, student_tokenizer
+from scope_opd.cli.models import (
+    autocast_dtype,
+    eval_sampler,
+    frozen_reference,
+    load_student,
+    load_teacher,
+    local_teacher,
+    plain_student,
+    teacher_sampler,
+)
 from scope_opd.cli.ranks import EVALUATION, TRAIN, Facts, rank_device
 from scope_opd.config import Config
 from scope_opd.errors import ConfigError
@@ -29,17 +38,17 @@ def build_follower(config: Config, ranks: Ranks) -> Follower:
     """
     device = rank_device(config, ranks)
     method = build_configured_method(config)
-    trained = build.load_student(config, device)
+    trained = load_student(config, device)
     add_adapters(trained, config.model.lora, seed=config.run.seed)
-    autocast = build.autocast_dtype(config, device)
-    reference = build.frozen_reference(config, trained, autocast) if config.objective.reference_kl > 0 else None
+    autocast = autocast_dtype(config, device)
+    reference = frozen_reference(config, trained, autocast) if config.objective.reference_kl > 0 else None
     by_student, evaluated = method.sampled_by == "student", eval_source(config) is not None
     plain = None
     if not config.rollout.served and (by_student or evaluated):
-        plain = build.plain_student(config, device)
+        plain = plain_student(config, device)
     teacher = None
     if needs_teacher(config, method) and not config.teacher.served:
-        teacher = build.load_teacher(config, device)
+        teacher = load_teacher(config, device)
     facts: Facts = ranks.meet()
     if (own := config.model_dump(mode="json")) != facts.config:
         odd = sorted(table for table in own if own[table] != facts.config.get(table))
@@ -53,13 +62,13 @@ def build_follower(config: Config, ranks: Ranks) -> Follower:
         if by_student:
             SharedSampler(LocalSampler(plain, tokenizer, max_rows=config.rollout.max_rows), ranks, TRAIN)
         if evaluated:
-            SharedSampler(build.eval_sampler(config, plain, tokenizer, None), ranks, EVALUATION)
+            SharedSampler(eval_sampler(config, plain, tokenizer, None), ranks, EVALUATION)
     scorer = None
     if teacher is not None:
-        scorer = build.local_teacher(config, teacher, facts.ends)
+        scorer = local_teacher(config, teacher, facts.ends)
         SharedTeacher(scorer, ranks)
         if not by_student:
-            sampler = build.teacher_sampler(config, teacher, student_tokenizer(config), trained)
+            sampler = teacher_sampler(config, teacher, student_tokenizer(config), trained)
             SharedSampler(sampler, ranks, TRAIN)
     return Follower(
         trained=trained,

@@ -55,13 +55,11 @@ def rank_device(config: Config, ranks: Ranks) -> torch.device:
         ModelError: no such device.
         ConfigError: one GPU is named for all ranks, or there are fewer than ranks.
     """
-    device = resolve_device(config.train.device)
-    if ranks.world == 1 or device.type != "cuda":
-        return device
-    if device.index is not None:
-        raise ConfigError(
-            f"train.device = {config.train.device!r} with {ranks.world} ranks", "a GPU for each", "set cuda, or auto"
-        )
+    name = config.train.device
+    if ranks.world == 1 or name == "cpu" or not torch.cuda.is_available():
+        return resolve_device(name)
+    if ":" in name:
+        raise ConfigError(f"train.device = {name!r} with {ranks.world} ranks", "a GPU for each", "set cuda, or auto")
     count = torch.cuda.device_count()
     if count > 1 and ranks.local_rank >= count:
         raise ConfigError(
@@ -70,6 +68,6 @@ def rank_device(config: Config, ranks: Ranks) -> torch.device:
             "lower --nproc-per-node",
         )
     # One GPU alone is what some launchers let each rank see: then it is this rank's own.
-    device = torch.device("cuda", ranks.local_rank if count > 1 else 0)
-    torch.cuda.set_device(device)
-    return device
+    index = ranks.local_rank if count > 1 else 0
+    torch.cuda.set_device(index)  # before anything is put on a GPU: it would be the first
+    return resolve_device(f"cuda:{index}")

@@ -15,8 +15,8 @@ from scope_opd.records import iter_jsonl
 from scope_opd.train.checkpoint import read_json
 
 _NEW_RUN = "start a new run.dir"
-_FREE = {("verify", "workers")}
-"""Settings on which no number of a run depends."""
+_FREE = {("verify", "workers"), ("train", "shard"), ("train", "collective_timeout_s")}
+"""Settings on which no number of a run depends, but for its last bits."""
 _WHERE = {
     "base_urls", "api_key_env", "api_key_file", "ca_bundle", "connect_timeout_s", "read_timeout_s", "deadline_s",
     "max_concurrency", "allow_unprotected_routes", "sync", "sync_dir", "sync_host", "colocated",
