@@ -5,7 +5,7 @@ allocation is seen when it is made and when it is freed, and nothing is computed
 moment's memory affine in the number of layers, so two shallow traces give any depth; the laws are tests.
 
 Not covered: scratch memory inside kernels, an allocator's fragmentation, mixtures of experts (what they allocate
-depends on data), attention that materialises scores ("eager"), ``full_kl``.
+depends on data), attention that materialises scores ("eager"), ``objective.distill`` other than "sampled".
 """
 
 from __future__ import annotations
