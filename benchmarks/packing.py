@@ -1,13 +1,16 @@
-"""Packed against padded micro-batches: forward and backward of a step's rollouts, and against dense masks and loops.
+"""Packed against padded micro-batches: forward and backward of a step's rollouts, and against dense masks and loops;
+what of the ranks' time is lost where lengths have a long tail.
 
     python benchmarks/packing.py                   # the zoo's student, 128 sequences of 40-85 tokens
     python benchmarks/packing.py --shape small     # hidden 512, 8 layers, sequences of 64-512 tokens
 
 Four ways through the backbone with the same loss: ``padded`` (micro-batches of like length, at most 5 % padding: what
-training did before packs), ``packed`` (models.packing), ``dense`` (the same packs under a block-diagonal SDPA mask),
-``loop`` (one sequence at a time). They run in turn; figures are medians, time is CPU time of the process with one
-thread, which a busy machine disturbs least. Prints one JSON line; ``ratio`` is packed / padded, below 1 when packing is
-faster.
+training does where a model cannot be packed), ``packed`` (models.packing), ``dense`` (the same packs under a
+block-diagonal SDPA mask), ``loop`` (one sequence at a time). They run in turn; figures are medians, time is CPU time of
+the process with one thread, which a busy machine disturbs least. Prints one JSON line; ``ratio`` is packed / padded,
+below 1 when packing is faster; ``waste`` is the share of 1 to 8 ranks' time spent waiting for the dearest pack
+(``packing.waste``; nothing is padding), the worst of five draws: log-normal responses, a tenth at the limit of 12,288
+tokens, budget 16,384, crossover of a Qwen2.5-1.5B.
 """
 
 from __future__ import annotations
@@ -29,12 +32,30 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from scope_opd.models.batching import microbatches, pad_right, padding_share, response_positions
 from scope_opd.models.head import HeadView
 from scope_opd.models.loading import load_model
-from scope_opd.models.packing import deal, pack, packed_hidden, packs_exactly
+from scope_opd.models.packing import crossover, deal, pack, packed_hidden, packs_exactly, waste
 
 SHAPES = {
     "zoo": {"sequences": 128, "low": 40, "high": 85, "max_tokens": 2048},
     "small": {"sequences": 16, "low": 64, "high": 512, "max_tokens": 2048},
 }
+
+
+def waste_of_long_tails() -> dict[str, float]:
+    """By "sequences x ranks"."""
+    at = crossover(1_543_714_304, 28, 1536)
+    found: dict[str, float] = {}
+    for count in (128, 512):
+        for ranks in (1, 2, 4, 8):
+            shares = []
+            for seed in range(5):
+                draw = random.Random(seed)
+                lengths = [
+                    12_288 if draw.random() < 0.1 else min(12_288, 100 + int(draw.lognormvariate(7.5, 0.8)))
+                    for _ in range(count)
+                ]
+                shares.append(waste(lengths, deal(lengths, 16_384, ranks=ranks, crossover=at), at))
+            found[f"{count} x {ranks}"] = round(max(shares), 4)
+    return found
 
 
 def main() -> None:
@@ -119,6 +140,7 @@ def main() -> None:
                 "cpu_s": {name: round(value, 4) for name, value in medians.items()},
                 "ratio": round(medians["packed"] / medians["padded"], 3),
                 "gradient_norms_agree_to": max(abs(value / norms["packed"] - 1.0) for value in norms.values()),
+                "waste": waste_of_long_tails(),
                 "torch": torch.__version__,
             }
         )

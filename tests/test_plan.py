@@ -179,6 +179,14 @@ class TestPlan:
         one, two = (hours(found, ranks, 100, 0.5) for ranks in (1, 2))
         assert one["update"] == pytest.approx(2 * two["update"])
 
+    def test_a_mini_batch_has_the_tokens_of_its_prompts_and_the_policy_is_recorded_before(self, folder: Path) -> None:
+        parts = settings(folder, train={"minibatches": 8, "max_tokens_per_microbatch": 4096})
+        found = plan(parts, machine(1e9))
+        assert found.microbatch == 4 * 512  # one prompt of eight
+        assert found.flops["update"] == pytest.approx(4 * found.flops["generation"])
+        assert _student(parts).packed
+        assert not _student(settings(folder, train={"packing": False})).packed
+
     def test_an_unknown_model_without_network_says_what_to_fetch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         with pytest.raises(ConfigError, match=r"hf download nobody/nothing config\.json"):

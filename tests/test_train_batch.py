@@ -60,7 +60,7 @@ def test_masked_rollouts_do_not_reach_the_model_and_change_no_gradient() -> None
         rollout.masked, rollout.reinforce, rollout.distill = True, 0.0, 0.0
     with_masked = make_batch(live, aggregation="sequence", max_tokens=256)
     without = make_batch([r for r in live if not r.masked], aggregation="sequence", max_tokens=256)
-    assert sum(len(micro.input_ids) for micro in with_masked.micro) == sum(not r.masked for r in live)
+    assert sum(len(micro.rows.input_ids) for micro in with_masked.micro) == sum(not r.masked for r in live)
     assert distance(learner.gradient(with_masked)[1], learner.gradient(without)[1]) == 0.0
 
 
@@ -87,7 +87,7 @@ def test_tokens_keep_their_own_numbers_through_sorting_and_padding() -> None:
         for token in range(micro.rollout.numel()):
             rollout, place = rollouts[int(micro.rollout[token])], int(micro.place[token])
             row, column = micro.positions[token].tolist()
-            assert micro.input_ids[row, column] == rollout.token_ids[place]
+            assert micro.rows.input_ids[row, column] == rollout.token_ids[place]
             assert column == len(rollout.prompt_token_ids) + place
             assert micro.sampler[token] == rollout.logprobs[place]
             assert rollout.teacher_logprobs is not None

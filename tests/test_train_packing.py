@@ -30,7 +30,7 @@ def prepare(dtype: torch.dtype = torch.float64, **tables: Any) -> tuple[Learner,
     return Learner(engines, config.train), list(rollouts)
 
 
-DISTILL = ["sampled", "full_kl"]
+DISTILL = ["sampled", "full_kl", "jsd", "topk_reverse_kl", "topk_forward_kl"]
 
 
 @pytest.mark.parametrize(

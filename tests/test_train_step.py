@@ -255,7 +255,7 @@ def test_pure_bfloat16_loses_small_updates_and_float32_masters_do_not() -> None:
         engines, learner, _, batch = prepare(dtype=dtype, train={"weight_decay": 0.0})
         before = engines.model.get_input_embeddings().weight.clone()
         learner.update(batch, 1e-6)
-        touched = batch.micro[0].input_ids[0, 0]
+        touched = batch.micro[0].rows.input_ids[0, 0]
         large = before[touched].abs() > 0.1  # neighbours of 0.1 are 5e-4 apart in bfloat16
         moved = bool((engines.model.get_input_embeddings().weight != before)[touched][large].any())
         assert moved is expected_move

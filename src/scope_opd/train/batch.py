@@ -68,11 +68,6 @@ class MicroBatch:
         """Cells that hold padding."""
         return self.rows.padding
 
-    @property
-    def input_ids(self) -> Tensor:
-        """Of the rows."""
-        return self.rows.input_ids
-
     def to(self, device: torch.device, dtype: torch.dtype) -> MicroBatch:
         """A copy on a device, its floats in ``dtype``."""
 
