@@ -17,11 +17,13 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from scope_opd.cli import checks
+from scope_opd.cli.export_command import export
 from scope_opd.config import LoraConfig, validate_config
-from scope_opd.errors import ConfigError
+from scope_opd.errors import ConfigError, ModelError
 from scope_opd.models.adapters import adapted, add_adapters, plain_state_dict, save_adapter
 from scope_opd.models.batching import pad_right
 from scope_opd.models.checkpointing import set_checkpointing
+from scope_opd.models.fingerprint import weights_digest
 from scope_opd.models.footprint import run_update, shape_of, update_moments
 from scope_opd.models.head import HeadView, response_logprobs
 from scope_opd.models.loading import load_model, load_tokenizer
@@ -32,7 +34,7 @@ from scope_opd.rollout.weight_sync.files import Files
 from scope_opd.train import train
 from scope_opd.train.optim import Optimizer
 from scope_opd.zoo.task import demonstration, load_rows
-from tiny import tiny_model
+from tiny import save_pair, tiny_model
 from train_kit import lasting, make_config, make_engines, same_weights, weights_of
 
 LORA = LoraConfig(rank=4, alpha=8.0)
@@ -280,6 +282,20 @@ class TestRun:
         assert "low-rank adapters (rank 4, alpha 8)" in (result.export / "README.md").read_text()
         saved = FileSystemReader(result.checkpoint).read_metadata().state_dict_metadata
         assert {name for name in saved if name.startswith("weights.")} == {f"weights.{n}" for n in adapters_of(model)}
+
+    def test_a_checkpoint_is_exported_with_its_base_and_no_other(self, tmp_path: Path) -> None:
+        base = save_pair(tmp_path / "base", seed=1)
+        digest = {"student": {"weights": weights_digest(tiny_model(seed=1))}}
+        config = make_config(tmp_path / "run", **TABLES | {"model": {**TABLES["model"], "path": str(base)}})
+        engines = make_engines(config, fingerprints=digest)
+        train(config, engines, progress=False)
+        assert export(tmp_path / "run", out=tmp_path / "out") == 0
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        assert (logprobs(engines.model) - logprobs(exported)).abs().max() < 1e-5
+        assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+        tiny_model(seed=2).save_pretrained(base)
+        with pytest.raises(ModelError, match="holds other weights than the run's adapters were trained on"):
+            export(tmp_path / "run", out=tmp_path / "again")
 
     def test_a_resumed_run_ends_as_one_that_was_not_cut(self, tmp_path: Path) -> None:
         whole, _ = self.run(tmp_path / "whole")

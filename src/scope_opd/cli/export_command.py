@@ -69,9 +69,20 @@ def export(
     config = validate_config(checkpoint.trainer["config"])
 
     from scope_opd.cli.inputs import student_tokenizer
+    from scope_opd.models.adapters import add_adapters
+    from scope_opd.models.fingerprint import weights_digest
     from scope_opd.train.export import export_model
 
     model = empty_student(config)
+    if config.model.lora.rank:
+        known = checkpoint.trainer.get("models", {}).get("student", {}).get("weights")
+        if known is not None and weights_digest(model) != known:
+            raise ModelError(
+                f"model.path = {config.model.path!r} holds other weights than the run's adapters were trained on",
+                "the model that the run began with",
+                "put it back",
+            )
+        add_adapters(model, config.model.lora, seed=config.run.seed)
     try:
         load_weights(model, folder)
     except ValueError as error:
