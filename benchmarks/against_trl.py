@@ -50,6 +50,7 @@ from workload import (
     correct,
     make_models,
     prescribe,
+    shape_of,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -191,6 +192,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="zoo")
     parser.add_argument("--sides", nargs="+", choices=[*OURS, "trl_grpo", "trl_distillation"])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the response lengths, for trials")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048], help="of our micro-batches")
     parser.add_argument("--rows", type=int, nargs="+", help="rollouts of TRL's micro-batches; all of a step by default")
@@ -198,7 +200,7 @@ def main() -> int:
     parser.add_argument("--student", help=argparse.SUPPRESS)
     parser.add_argument("--teacher", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    shape, steps = SHAPES[args.shape], args.rounds + 2  # one warms up, the last is begun but not done
+    shape, steps = shape_of(args.shape, args.scale), args.rounds + 2  # one warms up, the last is begun but not done
     if args.one:
         our_side(args.one, shape, args.student, args.teacher, args.tokens[0], steps, args.threads)
         return 0
@@ -211,6 +213,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         student, teacher = make_models(shape, Path(folder))
         common = ["--shape", args.shape, "--student", student, "--teacher", teacher, "--threads", str(args.threads)]
+        common += ["--scale", str(args.scale)]
         sides: list[Side] = []
         for name in names:
             if name in OURS:
@@ -282,8 +285,8 @@ def summary(args: argparse.Namespace, shape: Shape, sides: list[Side]) -> tuple[
     expected = {"generated": sum(shape.lengths()), "trained": sum(shape.lengths()), "optimiser_steps": args.rounds + 1}
     same = all(work == works[0] and all(work[key] == value for key, value in expected.items()) for work in works)
     report = {
-        "benchmark": "against_trl", "shape": args.shape, "rounds": args.rounds, "threads": args.threads,
-        "rollouts": shape.rows, "same_work": same, "ratios": ratios, "sides": found,
+        "benchmark": "against_trl", "shape": args.shape, "scale": args.scale, "rounds": args.rounds,
+        "threads": args.threads, "rollouts": shape.rows, "same_work": same, "ratios": ratios, "sides": found,
     }  # fmt: skip
     return report, same
 

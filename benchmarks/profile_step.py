@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from workload import BETAS, EPS, LR, SHAPES, TEMPERATURE, WEIGHT_DECAY, Shape, correct, make_models, prescribe
+from workload import BETAS, EPS, LR, SHAPES, TEMPERATURE, WEIGHT_DECAY, Shape, correct, make_models, prescribe, shape_of
 
 PREFIX = "stage: "
 
@@ -182,6 +182,7 @@ def _stage_at(spans: list[tuple[float, float, str]], moment: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="zoo")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the response lengths")
     parser.add_argument("--method", default="scope")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -192,7 +193,7 @@ def main() -> None:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    shape = SHAPES[args.shape]
+    shape = shape_of(args.shape, args.scale)
     with tempfile.TemporaryDirectory() as folder:
         step, stages = step_maker(args, shape, Path(folder))
         step(0)

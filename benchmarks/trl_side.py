@@ -26,6 +26,7 @@ from workload import (
     correct,
     prescribe,
     problems,
+    shape_of,
 )
 
 
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--rows", type=int, required=True, help="rollouts of a micro-batch")
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     gate = Gate()
@@ -48,7 +50,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList, TrainerCallback
 
     torch.set_num_threads(args.threads)
-    shape = SHAPES[args.shape]
+    shape = shape_of(args.shape, args.scale)
     model = AutoModelForCausalLM.from_pretrained(args.student, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.student, padding_side="left")
     counts: dict[str, int] = {}

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,12 @@ SHAPES = {
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
     ),
 }  # fmt: skip
+
+
+def shape_of(name: str, scale: float = 1.0) -> Shape:
+    """A shape by name, its responses longer or shorter."""
+    shape = SHAPES[name]
+    return replace(shape, low=max(2, round(scale * shape.low)), high=max(3, round(scale * shape.high)))
 
 
 def problems(shape: Shape, steps: int) -> list[str]:
