@@ -167,7 +167,7 @@ def _show(name: str, machine: Machine, found: Plan, figures: dict[str, Any]) -> 
     models = ", ".join(f"{who} {_millions(shape.parameters)} parameters" for who, shape in found.shapes.items())
     print(f"{name}: {models}; {figures['layout']}; {counted(figures['gpus'], 'GPU')} of {gb(machine.memory)} in all")
     if machine.ranks > 1:
-        print("several GPUs have not been measured: what ranks gather and add up is planned as FSDP2 is read to do it")
+        print("the plan of several ranks has been compared with two on a CPU, not with GPUs (benchmarks/results.md)")
     unit, name_of = (1e9, "GB") if found.largest.total >= 1e9 else (1e6, "MB")
     cell = partial(_cell, unit=unit)
     parts = list(dict.fromkeys(part for stage in found.stages for part in stage.parts))

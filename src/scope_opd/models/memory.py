@@ -384,17 +384,23 @@ def _as_sharded(student: Student, layout: Layout, moments: Moments) -> Moments:
 
 
 def _gradients_under_way(student: Student) -> Counter[str]:
-    """Whole gradients on a rank, by moment: a unit's are there until its backward pass is over; then a copy in the
-    dtype of the sum is added up over ranks, and lives until the next unit's is. Embedding and head are the last."""
+    """Whole gradients on a rank, by moment, beside those that the trace has.
+
+    A unit's are there until its backward pass is over; then a copy in the dtype of the sum is added up over ranks, and
+    lives until the next unit's is. The head's is the first to be there and, with the embedding's, the last to be dealt.
+    """
     if student.shape.adapters:
         return Counter()  # a layer's adapters are small beside everything else
     computes, summed = (student.autocast or student.dtype).itemsize, student.dtype.itemsize
-    root, layer = student.shape.root_parameters, student.shape.layer_parameters
-    layers = root * computes + layer * (computes + 2 * summed)
+    shape, layer = student.shape, student.shape.layer_parameters
+    root = shape.root_parameters
+    head = root if shape.tied else root - shape.vocabulary * shape.hidden
     return Counter(
         {
-            "head": root * computes,
-            **dict.fromkeys(("top layer", "lower layers", "lowest layer"), layers),
-            "embedding": root * (computes + summed) + layer * summed,
+            "head": head * computes,
+            **dict.fromkeys(
+                ("top layer", "lower layers", "lowest layer"), head * computes + layer * (computes + 2 * summed)
+            ),
+            "embedding": head * computes + (root + layer) * summed,
         }
     )
