@@ -198,6 +198,13 @@ def test_what_needs_whole_states_is_refused_on_several_ranks(
         open_ranks(validate_config({"train": setting}))
 
 
+def test_weights_within_a_gpu_are_refused_on_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    rollout = {"sync": "ipc", "colocated": True, "model": "m", "base_urls": ["http://127.0.0.1:9/v1"]}
+    with pytest.raises(ConfigError, match="it reaches only a server on the GPU of rank 0"):
+        open_ranks(validate_config({"rollout": rollout}))
+
+
 def test_prompts_are_dealt_evenly_and_rollouts_by_tokens() -> None:
     sizes = [5, 9, 1, 7, 3]
     assert deal_in_turn("abcde", sizes, 2) == [["b", "e", "c"], ["d", "a"]]

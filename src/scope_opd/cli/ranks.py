@@ -42,8 +42,15 @@ def open_ranks(config: Config) -> Ranks:
         ConfigError: something that the config asks for cannot be at several ranks.
         ScopeError: the other ranks were not found.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
         refuse_sharded(config.train)
+        if config.rollout.served and config.rollout.sync == "ipc":
+            raise ConfigError(
+                f"rollout.sync = 'ipc' with {world} ranks",
+                "'files', since it reaches only a server on the GPU of rank 0",
+                "change it, or start one rank",
+            )
     cuda = config.train.device != "cpu" and torch.cuda.is_available()
     return Ranks.from_environment(config.train.collective_timeout_s, cuda=cuda)
 
