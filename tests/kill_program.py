@@ -2,7 +2,8 @@
 
 ``kill_program.py FOLDER WORLD KILLS`` runs ``scope train`` on WORLD ranks in processes forked from this one (which has
 torch loaded, so that a start takes a second): once undisturbed, and once killed KILLS times, each resumption too. It
-prints a line a kill, and a JSON object in the end; test_kill.py says what must hold.
+prints a line a kill, and a JSON object in the end; test_kill.py says what must hold. Several ranks are interrupted once
+besides, by SIGTERM.
 
 A moment is a rank, a place, the first step or count from which it counts, and a delay into it. Places of rank 0 are the
 phases of status.json, "writing" (a checkpoint goes to disk while training goes on) and "committing" (it is about to be
@@ -26,7 +27,7 @@ from typing import Any
 import rank_program
 from rank_program import fork_ranks, wait_all
 
-STEPS = 24
+STEPS = 24 if "SCOPE_KILLS" in os.environ else 12
 PHASES = ("generation", "scoring", "forward_backward", "optimiser", "saving")
 PLACES = (*PHASES, "writing", "committing")
 JOBS = ("sample", "learner/update", "writing", "save/copy")
@@ -64,6 +65,7 @@ class Moment:
     place: str
     start: int
     delay_s: float
+    signal: int = signal.SIGKILL
 
 
 def plan(kills: int, world: int) -> list[Moment]:
@@ -97,10 +99,16 @@ def arm(moment: Moment, folder: Path) -> None:
         written = [path.name for path in (folder / "checkpoints").glob(".writing-*")]
         about = {"phase": status["phase"], "step": status["step"], "written": written}
         (folder.parent / "kill.json").write_text(json.dumps(about))
-        os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(60)
+        os.kill(os.getpid(), moment.signal)
+        if moment.signal == signal.SIGKILL:
+            time.sleep(60)
+
+    hit: list[bool] = []
 
     def now_or_soon() -> None:
+        if hit:
+            return
+        hit.append(True)
         threading.Timer(moment.delay_s, kill).start() if moment.delay_s else kill()
 
     def before(owner: Any, name: str, due: Callable[..., bool], *, after: bool = False) -> None:
@@ -146,7 +154,7 @@ def arm(moment: Moment, folder: Path) -> None:
         Ranks.register = register  # type: ignore[method-assign]
 
 
-def start(folder: Path, run: Path, world: int, moment: Moment | None, *, resume: bool) -> list[int | None]:
+def start(folder: Path, run: Path, world: int, *moments: Moment, resume: bool) -> list[int | None]:
     """``scope train`` on so many ranks; their exit codes."""
 
     rank_program.LIMIT_S = LIMIT_S
@@ -157,8 +165,9 @@ def start(folder: Path, run: Path, world: int, moment: Moment | None, *, resume:
         if world == 1:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
                 os.environ.pop(name, None)
-        if moment is not None and moment.rank == rank:
-            arm(moment, run)
+        for moment in moments:
+            if moment.rank == rank:
+                arm(moment, run)
         return main(["train", str(folder / "run.toml"), "--run-dir", str(run), *["--resume"] * resume])
 
     return wait_all(fork_ranks(world, folder, body), LIMIT_S)
@@ -182,7 +191,7 @@ def main(folder: Path, world: int, kills: int) -> dict[str, Any]:
         return "".join(path.read_text()[-1500:] for path in sorted(folder.glob("rank-*.txt")))
 
     def undisturbed(run: Path, *, resume: bool) -> None:
-        found["ends"].append(start(folder, run, world, None, resume=resume))
+        found["ends"].append(start(folder, run, world, resume=resume))
         if any(found["ends"][-1]):
             sys.exit(f"{run.name} ended with {found['ends'][-1]}\n{output()}")
 
@@ -194,6 +203,10 @@ def main(folder: Path, world: int, kills: int) -> dict[str, Any]:
         about = json.loads((folder / "kill.json").read_text())
         print(f"kill {number + 1}: wanted {moment}, died in {about}, exit codes {codes}", flush=True)
         found["kills"].append({"place": moment.place, "rank": moment.rank, "codes": codes, **about})
+    if world > 1:  # as torchrun does it: SIGTERM for every rank
+        both = [Moment(0, "generation", STEPS - 3, 0.0, signal.SIGTERM), Moment(1, "sample", 1, 0.0, signal.SIGTERM)]
+        found["stopped"] = start(folder, broken, world, *both, resume=True)
+        found["saved"] = sorted(path.name for path in (broken / "checkpoints").iterdir())[-1]
     undisturbed(broken, resume=True)
     for name in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl"):
         found["same"][name] = lasting(broken, name) == lasting(whole, name)

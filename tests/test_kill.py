@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kill_program import JOBS, PHASES, PLACES
+from kill_program import JOBS, PHASES, PLACES, STEPS
 
 
 def killed(folder: Path, world: int, kills: int) -> dict[str, Any]:
@@ -52,4 +52,7 @@ def test_a_run_of_two_ranks_one_of_which_is_killed_resumes_to_the_same_bits(tmp_
     if number >= 10:
         assert {kill["place"] for kill in kills if kill["rank"] == 1} == set(JOBS)
         assert {kill["place"] for kill in kills if kill["rank"] == 0} >= set(PHASES)
+    assert found["stopped"][0] == 143  # SIGTERM to both: saved at the boundary behind it
+    assert found["stopped"][1] in (0, 143)
+    assert found["saved"] == f"step-{STEPS - 3:06d}"
     assert all(found["same"].values()), found["same"]
