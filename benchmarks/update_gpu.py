@@ -137,10 +137,8 @@ def update(args: argparse.Namespace, device: Any, name: str) -> Figures:
     shape, tokens = tiny if args.smoke else full
     length, dtype, clock = tokens // sequences, getattr(torch, dtype_name), Clock(device)
     config, numbers = model_config(shape), shape_of(model_config(shape))
-    plan = Student(
-        config, numbers, dtype=dtype, autocast=torch.bfloat16 if dtype == torch.float32 else None, checkpointing="full",
-        fused=device.type == "cuda", temperature=TEMPERATURE,
-    )  # fmt: skip
+    autocast = torch.bfloat16 if dtype == torch.float32 else None
+    plan = Student(config, numbers, dtype=dtype, autocast=autocast, checkpointing="full", temperature=TEMPERATURE)
     began = time.perf_counter()
     planned = Updates(plan, Layout()).exactly(tokens)
     plan_s = time.perf_counter() - began
