@@ -8,8 +8,8 @@ Needs torch and transformers with what the package needs itself; no network, no 
 Parts, in this order:
 
 ``update-*``: Qwen3-0.6B and Qwen2.5-1.5B, one sequence of 16,384 or 65,536 tokens (``-packed``: eight in one row) in
-one micro-batch, every layer recomputed, float32 masters under bfloat16 autocast (``-bfloat16``: all in bfloat16;
-``-compiled``: decoder layers through torch.compile). Through ``Learner.update``, with clipping and fused AdamW. MFU
+one micro-batch, every layer recomputed, float32 masters under bfloat16 autocast (``-bfloat16``: all in
+bfloat16). Through ``Learner.update``, with clipping and fused AdamW. MFU
 counts 6 FLOPs a weight and token and causal attention, recomputation not, against --peak-tflops. ``memory`` is torch's
 largest allocation of a later update, beside what ``scope plan`` foretells.
 ``agreement``: log-probs and gradient of the zoo's student on this device against float32 on the CPU.
@@ -58,19 +58,18 @@ SHAPES = {
     "tiny": ("Qwen3", 64, 128, 2, 4, 2, 16, 4096, True),
     "tiny2": ("Qwen2", 48, 96, 2, 4, 2, 12, 4096, True),
 }
-# name -> model, tokens, sequences, dtype of the weights, compiled; in brackets the same with --smoke
-UPDATES: dict[str, tuple[tuple[str, int], tuple[str, int], int, str, bool]] = {
-    "update-0.6b-16k": (("0.6b", 16_384), ("tiny", 256), 1, "float32", False),
-    "update-0.6b-64k": (("0.6b", 65_536), ("tiny", 512), 1, "float32", False),
-    "update-1.5b-16k": (("1.5b", 16_384), ("tiny2", 256), 1, "float32", False),
-    "update-1.5b-64k": (("1.5b", 65_536), ("tiny2", 512), 1, "float32", False),
-    "update-0.6b-16k-packed": (("0.6b", 16_384), ("tiny", 256), 8, "float32", False),
-    "update-0.6b-16k-bfloat16": (("0.6b", 16_384), ("tiny", 256), 1, "bfloat16", False),
-    "update-0.6b-16k-compiled": (("0.6b", 16_384), ("tiny", 64), 1, "float32", True),
+# name -> model and tokens; the same with --smoke; sequences; dtype of the weights
+UPDATES: dict[str, tuple[tuple[str, int], tuple[str, int], int, str]] = {
+    "update-0.6b-16k": (("0.6b", 16_384), ("tiny", 256), 1, "float32"),
+    "update-0.6b-64k": (("0.6b", 65_536), ("tiny", 512), 1, "float32"),
+    "update-1.5b-16k": (("1.5b", 16_384), ("tiny2", 256), 1, "float32"),
+    "update-1.5b-64k": (("1.5b", 65_536), ("tiny2", 512), 1, "float32"),
+    "update-0.6b-16k-packed": (("0.6b", 16_384), ("tiny", 256), 8, "float32"),
+    "update-0.6b-16k-bfloat16": (("0.6b", 16_384), ("tiny", 256), 1, "bfloat16"),
 }
 LOGPROBS = {"logprobs-4k": (4096, 64), "logprobs-16k": (16_384, 128)}
 # Seconds that a part may take, start of its process included; most need a third of it.
-LIMITS = {"update-1.5b-64k": 110.0, "update-0.6b-16k-compiled": 150.0, "step": 120.0}
+LIMITS = {"update-1.5b-64k": 110.0, "step": 120.0}
 LIMIT = 75.0
 EARLY = [name for name in UPDATES if name.count("-") == 2]
 PARTS = [*EARLY, "agreement", *LOGPROBS, "sampler", "step", *(name for name in UPDATES if name not in EARLY)]
@@ -126,14 +125,13 @@ def update(args: argparse.Namespace, device: Any, name: str) -> Figures:
     from scope_opd.config import TrainConfig
     from scope_opd.models.footprint import forward_flops, shape_of
     from scope_opd.models.memory import Layout, Student, Updates
-    from scope_opd.models.watch import decoder_layers
     from scope_opd.ranks import Ranks
     from scope_opd.train.batch import make_batch
     from scope_opd.train.engines import Follower, SurrogateSettings
     from scope_opd.train.step import Learner
     from scope_opd.types import Rollout
 
-    full, tiny, sequences, dtype_name, compiled = UPDATES[name]
+    full, tiny, sequences, dtype_name = UPDATES[name]
     shape, tokens = tiny if args.smoke else full
     length, dtype, clock = tokens // sequences, getattr(torch, dtype_name), Clock(device)
     config, numbers = model_config(shape), shape_of(model_config(shape))
@@ -152,9 +150,6 @@ def update(args: argparse.Namespace, device: Any, name: str) -> Figures:
         aggregation="token", student_temperature=TEMPERATURE, sampling_temperature=TEMPERATURE
     )
     learner = Learner(Follower(trained=model, surrogate=surrogate, ranks=Ranks(), model=model), settings)
-    if compiled:
-        for layer in decoder_layers(model):
-            layer.compile()
     rollouts = []
     for index in range(sequences):
         ids = torch.randint(3, config.vocab_size, (length,)).tolist()
@@ -202,7 +197,6 @@ def update(args: argparse.Namespace, device: Any, name: str) -> Figures:
             "plan_s": round(plan_s, 1),
         },
         "losses": losses,
-        **({"compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]} if compiled else {}),
     }  # fmt: skip
 
 
