@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from rank_program import fork_ranks, wait_all
 from scope_opd.config import Config
@@ -29,6 +30,7 @@ from tiny import tiny_model
 from train_kit import make_config, make_engines
 
 STEPS = 5
+LIMIT_S = 30.0
 KINDS = {"tied": "qwen3", "untied": "llama"}
 CASES: dict[str, dict[str, Any]] = {
     "tied float64": {},
@@ -49,7 +51,10 @@ def worlds_of(name: str) -> tuple[int, ...]:
 def case(name: str) -> tuple[Config, torch.dtype, str]:
     kind, dtype = name.split()[:2]
     tables = copy.deepcopy(CASES[name])
-    tables["train"] = {"max_tokens_per_microbatch": 64, "prompts_per_step": 4, "lr": 1e-2, **tables.get("train", {})}
+    tables["train"] = {
+        "max_tokens_per_microbatch": 64, "prompts_per_step": 4, "lr": 1e-2, "collective_timeout_s": LIMIT_S,
+        **tables.get("train", {}),
+    }  # fmt: skip
     tables["objective"] = {"method": "reward_opd", **tables.get("objective", {})}
     return make_config(Path("unused"), **tables), getattr(torch, dtype), KINDS[kind]
 
@@ -76,8 +81,17 @@ def parts(name: str, ranks: Ranks) -> tuple[Config, Engines]:
     return config, make_engines(config, dtype=dtype, model=student, trainee=trainee, ranks=ranks)
 
 
+def limits(model: torch.nn.Module) -> list[float]:
+    """Seconds that collectives of each group with the model's weights may take; nothing where they are whole."""
+    parameter = next(model.parameters())
+    if not isinstance(parameter, DTensor):
+        return []
+    groups = parameter.device_mesh.get_all_groups()
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
 def body(name: str, recorded: Path, result: Path, rank: int) -> int:
-    with Ranks.from_environment(30.0) as ranks:
+    with Ranks.from_environment(LIMIT_S) as ranks:
         config, engines = parts(name, ranks)
         if not ranks.leads:
             Learner(
@@ -86,6 +100,7 @@ def body(name: str, recorded: Path, result: Path, rank: int) -> int:
             ranks.follow()
             return 0
         learner = Learner(engines, config.train)
+        assert set(limits(engines.trained)) <= {LIMIT_S}
         steps: list[list[Rollout]] = pickle.loads(recorded.read_bytes())
         outcomes = []
         for rollouts in steps:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -29,13 +31,16 @@ _ADAPTER = "default"
 """peft's name for the one adapter of a model, see ``adapters``."""
 
 
-def make_mesh(world: int, device_type: str, how: Literal["full", "hybrid"]) -> DeviceMesh:
+def make_mesh(
+    world: int, device_type: str, how: Literal["full", "hybrid"], timeout_s: float | None = None
+) -> DeviceMesh:
     """The ranks in a row ("full"), or those of each machine in a row and machines above one another ("hybrid").
 
     Args:
         world: ranks; LOCAL_WORLD_SIZE says how many of them a machine has.
         device_type: "cpu" or "cuda".
         how: ``train.shard``.
+        timeout_s: limit of each collective; None leaves torch's to the groups that "hybrid" makes.
 
     Raises:
         ConfigError: "hybrid" on machines that do not have the same number of ranks.
@@ -49,7 +54,11 @@ def make_mesh(world: int, device_type: str, how: Literal["full", "hybrid"]) -> D
             "as many ranks on every machine",
             "start as many everywhere, or set train.shard = 'full'",
         )
-    return init_device_mesh(device_type, (world // each, each), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(device_type, (world // each, each), mesh_dim_names=("replicate", "shard"))
+    if timeout_s is not None:
+        for group in mesh.get_all_groups():  # made with torch's own limit, whatever that of the default group is
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+    return mesh
 
 
 def shard(root: nn.Module, model: PreTrainedModel, mesh: DeviceMesh, *, low_precision: bool) -> None:

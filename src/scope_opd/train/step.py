@@ -85,7 +85,7 @@ class Learner:
         set_checkpointing(engines.trained, config.activation_checkpointing)
         self._copy = None if engines.model is engines.trained else engines.model
         if self.ranks.world > 1:
-            mesh = make_mesh(self.ranks.world, self.device.type, config.shard)
+            mesh = make_mesh(self.ranks.world, self.device.type, config.shard, config.collective_timeout_s)
             shard(self.forward, engines.trained, mesh, low_precision=self.forward.autocast)
         self.optimizer = Optimizer(engines.trained, config)
         self.shards = Shards(self.ranks, self.model, self.optimizer)
