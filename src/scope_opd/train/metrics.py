@@ -76,7 +76,7 @@ METRIC_KEYS: dict[str, str] = {
     "time/verify_s": "sum over verdicts",
     "time/teacher_s": "sum over scoring calls",
     "time/teacher_exposed_s": "part of the step in which the teacher was the only stage at work",
-    "time/sync_s": "new weights to the servers that sample, since the step before; null without such servers",
+    "time/sync_s": "new weights to servers that sample and to copies on ranks, since the step before; null without any",
     "time/update_s": "batch, forward, backward, optimiser",
     "time/step_s": "the whole step",
     "perf/tokens_per_s": "generated tokens by step time",
