@@ -89,7 +89,7 @@ RANKS: list[Ranks] = []
 
 
 def body(scenario: str, rank: int) -> int:
-    with Ranks.from_environment(30.0) as ranks:
+    with Ranks.from_environment(6.0 if scenario.endswith("hang") else 30.0) as ranks:
         RANKS.append(ranks)
         ranks.register("sum", all_reduce)
         ranks.register("double", lambda share: 2 * share)
@@ -100,6 +100,8 @@ def body(scenario: str, rank: int) -> int:
                 all_reduce(None)
             print("bad end", flush=True)
             time.sleep(0.3)
+            if share[1] == "hang":
+                time.sleep(LIMIT_S)
             if share[1] == "raise":
                 raise ModelError("weights of nothing", "some", "mend them")
             if share[1] == "bug":
@@ -141,7 +143,7 @@ def lead(scenario: str, ranks: Ranks) -> None:
         assert ranks.everywhere("sum", [None] * world) == [float(world)] * world
         return
     who, what = scenario.split("-")
-    if what in ("raise", "kill", "bug"):
+    if what in ("raise", "kill", "bug", "hang"):
         victim = world - 1 if who == "follower" else 0
         ranks.everywhere("stuck", [(victim, what)] * world)
     elif what == "idle":  # a follower dies while rank 0 waits for something else
@@ -166,7 +168,8 @@ def main(scenario: str, world: int, folder: Path) -> dict[str, Any]:
     return {"codes": codes, "lines": [line[0] if line else "" for line in lines], "seconds": time.monotonic() - began}
 
 
-SCENARIOS = ["work", *(f"{who}-{what}" for who in ("leader", "follower") for what in ("raise", "bug", "kill", "idle"))]
+ENDS = ("raise", "bug", "kill", "idle")
+SCENARIOS = ["work", *(f"{who}-{what}" for who in ("leader", "follower") for what in ENDS), "follower-hang"]
 
 if __name__ == "__main__":
     print(json.dumps({scenario: main(scenario, 3, Path(sys.argv[1])) for scenario in SCENARIOS}))

@@ -139,6 +139,16 @@ def test_ranks_end_together_with_the_line_of_the_first_error(
         assert found["lines"][victim] == "error: weights of nothing; expected some; mend them"
 
 
+def test_a_rank_that_stands_still_ends_all_of_them_with_a_line_that_says_so(ends: dict[str, dict[str, Any]]) -> None:
+    found = ends["follower-hang"]
+    assert found["seconds"] < 25  # the limit of its collectives is 6 s
+    assert found["codes"] == [1, 1, 1]
+    for line in found["lines"]:
+        assert line.startswith("error: ")
+        assert "a rank stood still while others waited for it" in line
+        assert "collective_timeout_s" in line
+
+
 def test_a_signal_to_all_ranks_saves_once_and_ends_them_all(runs: dict[str, dict[str, Any]]) -> None:
     found = runs["told"]
     assert found["codes"] == [143, 143]

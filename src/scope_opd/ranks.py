@@ -185,11 +185,13 @@ class Ranks:
                     while not work.done and self.failure is None:
                         self.state.wait()
             except BaseException as error:
-                self._wait_for_the_cause(error)
-                if self.failure is None:
-                    self._close(ending_of(error, self.rank))
+                cause = self._cause_of(error)
+                if self.failure is not None:
+                    raise self._telling() from error
+                self._close(ending_of(cause, self.rank))
+                if cause is error:
                     raise
-                raise self._telling() from error
+                raise cause from error
             finally:
                 self._work = None
             if self.failure is not None:
@@ -247,8 +249,10 @@ class Ranks:
             try:
                 result = self._jobs[name](share)
             except BaseException as error:
-                self._wait_for_the_cause(error)
-                raise
+                cause = self._cause_of(error)
+                if cause is error:
+                    raise
+                raise cause from error
             self._send(("result", self._number, result))
 
     def tell(self, value: Any) -> None:
@@ -432,14 +436,20 @@ class Ranks:
             if over:
                 return
 
-    def _wait_for_the_cause(self, error: BaseException) -> None:
-        """A collective that broke is another rank's doing most of the time: wait until that is known."""
-        text = str(error).lower()
-        if isinstance(error, RuntimeError) and any(
-            word in text for word in ("gloo", "nccl", "connection", "timed out")
-        ):
-            with self.state:
-                self.state.wait_for(lambda: self.failure is not None, _CAUSE_S)
+    def _cause_of(self, error: BaseException) -> BaseException:
+        """A collective that broke is another rank's doing most of the time: wait until that is known, if it ever is."""
+        text = " ".join(str(error).split())
+        if not isinstance(error, RuntimeError) or not any(word in text.lower() for word in _OF_COLLECTIVES):
+            return error
+        with self.state:
+            self.state.wait_for(lambda: self.failure is not None, _CAUSE_S)
+        if "timed out" not in text.lower():
+            return error
+        return RunFailed(
+            f"a rank stood still while others waited for it ({text.rpartition('] ')[2][:200]})",
+            "all ranks at work",
+            "see what each of them did last; raise train.collective_timeout_s if it was only slow",
+        )
 
     def _telling(self) -> RunFailed:
         assert self.failure is not None
