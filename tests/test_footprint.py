@@ -29,7 +29,7 @@ from scope_opd.models.memory import DRAW_BYTES, Layout, Student, Updates, cache_
 from scope_opd.models.packed_attention import Layout as Pack
 from scope_opd.models.packed_attention import enable
 from scope_opd.models.shapes import published_config
-from scope_opd.models.watch import Watch
+from scope_opd.models.watch import Watch, decoder_layers
 from scope_opd.rollout.drawing import draw
 from scope_opd.train.optim import Optimizer
 from scope_opd.types import SamplingParams
@@ -341,3 +341,10 @@ class TestArithmetic:
     def test_forward_flops_of_short_sequences_are_two_a_weight(self) -> None:
         shape = shape_of(published_config("Qwen/Qwen3-8B"))
         assert forward_flops(shape, 1) == pytest.approx(2 * shape.matrix_parameters, rel=1e-4)
+
+
+def test_a_layers_experts_are_not_taken_for_the_decoders_layers() -> None:
+    model = AutoModelForCausalLM.from_config(Qwen3Config(**SIZES), dtype=torch.float32)
+    for layer in model.model.layers:
+        layer.mlp.experts = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(8))
+    assert decoder_layers(model) is model.model.layers

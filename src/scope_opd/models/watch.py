@@ -25,8 +25,10 @@ Moments = dict[str, Counter[str]]
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's layers: the longest list of modules."""
+    """The decoder's layers: the longest list of modules that is in no other (a layer's experts may be more)."""
     lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
+    within = {id(module) for outer in lists for child in outer for module in child.modules()}
+    lists = [each for each in lists if id(each) not in within]
     if not lists:
         raise ModelError(f"model type {model.config.model_type!r} has no list of layers", "a decoder", "measure it")
     return max(lists, key=len)
