@@ -224,3 +224,11 @@ class TestSeveralRanks:
         for ranks, failures in ((1, 0), (2, 1)):
             found = plan(settings(folder, rollout=served, serving=flags), machine(ranks=ranks))
             assert sum("'ipc'" in line for line in found.failures) == failures
+
+    def test_colocated_servers_take_no_more_gpus_than_train(self, folder: Path) -> None:
+        urls = [f"http://127.0.0.1:81{k:02}/v1" for k in range(2)]
+        served = {"base_urls": urls, "model": "student", "colocated": True}
+        flags = {"student": {"gpu_memory_utilization": 0.5}}
+        for ranks, failures in ((1, 1), (2, 0), (3, 0)):
+            found = plan(settings(folder, rollout=served, serving=flags), machine(ranks=ranks))
+            assert sum("sampler servers on 2 GPUs" in line for line in found.failures) == failures

@@ -33,6 +33,11 @@ def plan_servers(config: Config, machine: Machine, found: Plan, student: Student
         found.servers["sampler"] = (count, flags.tensor_parallel_size, server)
         if config.rollout.colocated:
             _colocated(config, machine, found, student, server)
+            if (wants := count * flags.tensor_parallel_size) > machine.ranks:
+                found.failures.append(
+                    f"rollout.colocated: sampler servers on {wants} GPUs and {machine.ranks} that train (--gpus); "
+                    "name fewer in rollout.base_urls, or train on as many"
+                )
         if config.rollout.sync == "ipc" and machine.ranks > 1:
             found.failures.append(
                 f"rollout.sync = 'ipc' with {machine.ranks} ranks: it reaches only a server on the GPU of rank 0; "

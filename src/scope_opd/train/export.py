@@ -73,7 +73,7 @@ def export_model(
         raise RunFailed(
             f"export {folder} could not be written: {error}",
             "room for it on the disk",
-            "the run itself is complete: free some space and continue with --resume to write the export",
+            "mend that; the checkpoints are whole: scope train --resume, or scope export, writes it then",
         ) from error
     return folder
 
