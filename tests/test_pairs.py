@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from scope_opd.cli.main import main
 from scope_opd.config import PRESETS, ObjectiveConfig, TrainConfig, load_config
 from scope_opd.objective.methods import method_names
+from scope_opd.train.shards import load_weights
 from tiny import EOS_ID, tiny_model, tiny_tokenizer
 
 SUFFIX = " Put it in a box."
@@ -69,12 +70,15 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "released": (
         "llama", "gemma2",
         ["objective.preset=as_released", "train.param_dtype=bfloat16", "teacher.dtype=bfloat16",
-         "train.betas=[0.9, 0.95]", "train.eps=1e-6"],
+         "train.betas=[0.9, 0.95]", "train.eps=1e-6", "train.shard=hybrid", "train.collective_timeout_s=60",
+         "train.packing=false"],
     ),
     "documented, against the flow": (
         "neox", "llama",
         ["objective.preset=as_documented", "objective.truncated=ignore", "objective.scale=sum",
-         "objective.teacher_weight=uniform", "objective.aggregation=sequence", "train.schedule=linear"],
+         "objective.teacher_weight=uniform", "objective.aggregation=sequence", "train.schedule=linear",
+         "objective.distill=topk_reverse_kl", "objective.topk=5", "train.offload=optimizer",
+         "train.activation_checkpointing=offload"],
     ),
     "exact divergence, anchored": (
         "gemma2", "random-neox",
@@ -85,14 +89,16 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "opd at two temperatures": (
         "llama", "random-neox",
         ["objective.method=opd", "objective.temperature=raw", "objective.sampler_correction_cap=1.5",
-         "objective.aggregation=token", "train.schedule=constant", "objective.end_token=map"],
+         "objective.aggregation=token", "train.schedule=constant", "objective.end_token=map", "train.offload=off",
+         "train.activation_checkpointing=off", "train.shard=full"],
     ),
     "grpo, updates clipped": (
         "neox", "gemma2",
         ["objective.method=grpo", "objective.clip=0.01", "objective.dual_clip=1.5", "objective.reward_threshold=0.9",
          "train.updates_per_batch=2", "train.optimizer=adamw", "train.param_dtype=float32"],
     ),
-    "kd": ("random-llama", "gemma2", ["objective.method=kd", "teacher.temperature=0.7", "train.updates_per_batch=2"]),
+    "kd": ("random-llama", "gemma2", ["objective.method=kd", "teacher.temperature=0.7", "train.updates_per_batch=2",
+                                      "train.optimizer=adamw_8bit"]),
     "reward and distillation": (
         "llama", "gemma2",
         ["objective.method=reward_opd", "objective.beta=0.3", "objective.temperature=released",
@@ -100,7 +106,10 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     ),
     "positive": ("llama", "gemma2", ["objective.method=positive", "objective.truncated=incorrect",
                                        "objective.clip=off", "objective.dual_clip=off", "train.grad_clip=off"]),
-    "dual path": ("gemma2", "llama", ["objective.method=dual_path", "objective.aggregation=prompt"]),
+    "dual path": ("gemma2", "llama", ["objective.method=dual_path", "objective.aggregation=prompt",
+                                      "objective.distill=jsd", "train.minibatches=2"]),
+    "dual path, by the teacher's likeliest": (
+        "llama", "gemma2", ["objective.method=dual_path", "objective.distill=topk_forward_kl"]),
 }  # fmt: skip
 IN_A_PROCESS: dict[str, tuple[str, str, list[str]]] = {
     "scope": (
@@ -193,10 +202,11 @@ def check_run(run: Path, student: Path) -> list[dict[str, Any]]:
     rows_of(run / "events.jsonl")
     assert len(rows_of(run / "rollouts.jsonl")) == STEPS * PROMPTS * N
     exported = AutoModelForCausalLM.from_pretrained(run / "export")
-    saved = load_file(run / "checkpoints" / f"step-{STEPS:06d}" / "model.safetensors")
+    saved = AutoModelForCausalLM.from_pretrained(student, dtype=exported.dtype)
+    load_weights(saved, run / "checkpoints" / f"step-{STEPS:06d}")
     weights, start = exported.state_dict(), AutoModelForCausalLM.from_pretrained(student).state_dict()
-    assert all(torch.equal(weights[name], tensor) for name, tensor in saved.items())
-    assert any(not torch.equal(weights[name].float(), start[name].float()) for name in saved)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in saved.state_dict().items())
+    assert any(not torch.equal(weights[name].float(), start[name].float()) for name in start)
     assert AutoTokenizer.from_pretrained(run / "export").get_vocab() == tiny_tokenizer().get_vocab()
     assert exported.config.model_type == AutoModelForCausalLM.from_pretrained(student).config.model_type
     return rows
