@@ -194,8 +194,8 @@ def main(folder: Path) -> None:
     run("tied: saved by 2", 2, save, "tied", "qwen3")
     for world in (2, 1, 3):
         run(f"tied: loaded by {world}", world, partial(load, written_by=2), "tied", "qwen3")
-    run("untied, muon: saved by 3", 3, save, "untied", "llama", "muon")
-    run("untied, muon: loaded by 2", 2, partial(load, written_by=3), "untied", "llama", "muon")
+    run("untied: saved by 3", 3, save, "untied", "llama")
+    run("untied: loaded by 2", 2, partial(load, written_by=3), "untied", "llama")
     run("alone: saved by 1", 1, save, "alone", "qwen3")
     run("alone: loaded by 2", 2, partial(load, written_by=1), "alone", "qwen3")
     run("damage", 2, damage, "tied", "qwen3")

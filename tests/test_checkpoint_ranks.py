@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 SOUND = [
-    "tied: saved by 2", "tied: loaded by 2", "tied: loaded by 1", "tied: loaded by 3", "untied, muon: saved by 3",
-    "untied, muon: loaded by 2", "alone: saved by 1", "alone: loaded by 2", "damage", "full disk elsewhere",
+    "tied: saved by 2", "tied: loaded by 2", "tied: loaded by 1", "tied: loaded by 3", "untied: saved by 3",
+    "untied: loaded by 2", "alone: saved by 1", "alone: loaded by 2", "damage", "full disk elsewhere",
 ]  # fmt: skip
 
 

@@ -83,6 +83,12 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
         train_under_ray(validate_config({}))
 
 
+def test_another_config_is_for_a_run_that_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.toml").write_text("[train]\nsteps = 1\n")
+    assert main(["train", str(tmp_path / "run.toml"), "--allow-config-change"]) == 2
+    assert "--allow-config-change without --resume" in capsys.readouterr().err
+
+
 def test_an_address_needs_the_launcher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "run.toml"
     config.touch()

@@ -206,7 +206,8 @@ def test_a_disk_that_is_full_as_a_checkpoint_is_written_ends_the_run_at_a_bounda
     with pytest.raises(RunFailed, match="step-000004 could not be written: No space left on device"):
         run(folder, tables=tables)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
-    assert json.loads((folder / "status.json").read_text())["step"] == (5 if background else 4)
+    # Behind training the fault is met at the next boundary, or at this one if it came before that was left.
+    assert json.loads((folder / "status.json").read_text())["step"] in ((4, 5) if background else (4,))
     room[0] = True
     assert same_weights(weights_of(run(folder, resume=True, tables=tables)), whole[1])
     assert_equal_runs(folder, whole[0])

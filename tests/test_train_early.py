@@ -447,14 +447,20 @@ def test_a_signal_saves_a_run_that_streams_and_leaves_no_thread(tmp_path: Path) 
 
 
 def test_an_in_process_run_is_untouched_by_all_this(tmp_path: Path) -> None:
-    """No thread, nothing early, the same weights whether or not a timeline is kept."""
+    """No thread but that of checkpoints, nothing early, the same weights whether or not a timeline is kept."""
+    original = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        assert thread.name == "scope-checkpoint"
+        original(thread)
+
     weights = []
     for name in ("a", "b"):
         config = make_config(tmp_path / name, train={"steps": 2})
         engines = make_engines(config)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Learner, "begin", lambda *_: pytest.fail("early"))
-            patch.setattr(threading.Thread, "start", lambda *_: pytest.fail("a thread"))
+            patch.setattr(threading.Thread, "start", start)
             train(config, engines, progress=False)
         weights.append(weights_of(engines.model))
     assert same_weights(*weights)

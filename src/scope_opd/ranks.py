@@ -384,7 +384,7 @@ class Ranks:
         while True:
             try:
                 kind, number, value = wire.receive()
-            except (OSError, ValueError):
+            except Exception:  # it is gone, or what it says cannot be read: nothing more will be heard of it
                 if not self._closed:
                     self._fail(gone(other, wire.who))
                 with self.state:
@@ -420,7 +420,7 @@ class Ranks:
         while True:
             try:
                 message = wire.receive()
-            except (OSError, ValueError):
+            except Exception:  # as for a follower
                 message = ("end", gone(0, wire.who))
             if message[0] == "cancel":
                 self._cancelled = message[1]

@@ -10,6 +10,7 @@ transformers.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -89,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    # transformers imports torchao wherever it is installed, and what it then says it lacks concerns no run.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         result = build_app()(sys.argv[1:] if argv is None else list(argv))
         sys.stdout.flush()

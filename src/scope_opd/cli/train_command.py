@@ -74,6 +74,8 @@ def train(
     settings = load_config(config, given)
     if address is not None and launcher is None:
         raise ConfigError(f"--address {address} without --launcher", "both or none", "add --launcher ray")
+    if allow_config_change and not resume:
+        raise ConfigError("--allow-config-change without --resume", "both or none", "add --resume")
     check_early(settings, [settings.data.train, eval_source(settings)])
     if launcher == "ray":
         from scope_opd.cli.ray_launcher import train_under_ray
