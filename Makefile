@@ -27,7 +27,7 @@ $(VENV)/.test: $(VENV)/.base
 
 install: $(VENV)/.base  ## Make .venv and install the package into it.
 
-demo: $(VENV)/.base  ## Train SCOPE and its rivals on the embedded task, then write a report (about 4 minutes on 2 cores).
+demo: $(VENV)/.base  ## Train SCOPE and its rivals on the embedded task, then write a report (about 3 minutes on 2 cores).
 	$(BIN)/scope demo --out runs/demo
 
 test: $(VENV)/.test  ## Run the test suite.

@@ -48,7 +48,7 @@ def demo(
     methods: Annotated[list[str] | None, Parameter(name="--method", negative="")] = None,
     overrides: Annotated[list[str] | None, Parameter(name="--set", negative="")] = None,
 ) -> int:
-    """Train SCOPE and its rivals on the embedded task and write a report (about 4 minutes on 2 cores).
+    """Train SCOPE and its rivals on the embedded task and write a report (about 3 minutes on 2 cores).
 
     A student of 86k parameters learns the running sum modulo 23 from a
     teacher of 0.5M by scope, dual_path, opd and grpo, from the same start
