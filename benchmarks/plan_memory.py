@@ -92,6 +92,18 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def made_rollout(index: int, length: int) -> Any:
+    """A credited rollout of ``length`` tokens, one of them its prompt."""
+    from scope_opd.types import Rollout
+
+    made = Rollout(
+        id=str(index), group="g", prompt_token_ids=[1], token_ids=[index % 7 + 2] * (length - 1),
+        logprobs=[-1.0] * (length - 1), text="", finish_reason="stop", policy_version=0, sample=index, step=0,
+    )  # fmt: skip
+    made.reinforce, made.distill = 1.0, 0.0
+    return made
+
+
 def measure(name: str) -> dict[str, Any]:
     """In a process of its own."""
     import gc
@@ -105,18 +117,9 @@ def measure(name: str) -> dict[str, Any]:
     from scope_opd.train.batch import make_batch
     from scope_opd.train.engines import Follower, SurrogateSettings
     from scope_opd.train.step import Learner
-    from scope_opd.types import Rollout
 
     torch.set_num_threads(1)
     tokens, checkpointing, dtype = CASES[name][8:]
-
-    def rollout(index: int, length: int) -> Rollout:
-        made = Rollout(
-            id=str(index), group="g", prompt_token_ids=[1], token_ids=[index % 7 + 2] * (length - 1),
-            logprobs=[-1.0] * (length - 1), text="", finish_reason="stop", policy_version=0, sample=index, step=0,
-        )  # fmt: skip
-        made.reinforce, made.distill = 1.0, 0.0
-        return made
 
     def learner(config: Any) -> Learner:
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
@@ -127,7 +130,10 @@ def measure(name: str) -> dict[str, Any]:
     def batch(size: int) -> Any:
         lengths = 2 * ragged(size)
         return make_batch(
-            [rollout(i, length) for i, length in enumerate(lengths)], aggregation="token", max_tokens=size, packed=True
+            [made_rollout(i, length) for i, length in enumerate(lengths)],
+            aggregation="token",
+            max_tokens=size,
+            packed=True,
         )
 
     small = config_of(name)

@@ -22,7 +22,7 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
-from plan_memory import CASES, GOAL, Resident, config_of, resident_bytes
+from plan_memory import CASES, GOAL, Resident, config_of, made_rollout, resident_bytes
 
 WORLD = 2
 NAMES = ("llama-512", "qwen3-256")
@@ -40,22 +40,13 @@ def measure(name: str) -> dict[str, Any]:
     from scope_opd.train.batch import make_batch
     from scope_opd.train.engines import SurrogateSettings
     from scope_opd.train.step import Learner
-    from scope_opd.types import Rollout
 
     torch.set_num_threads(1)
     tokens, checkpointing, dtype = CASES[name][8:]
 
-    def rollout(index: int, length: int) -> Rollout:
-        made = Rollout(
-            id=str(index), group="g", prompt_token_ids=[1], token_ids=[index % 7 + 2] * (length - 1),
-            logprobs=[-1.0] * (length - 1), text="", finish_reason="stop", policy_version=0, sample=index, step=0,
-        )  # fmt: skip
-        made.reinforce, made.distill = 1.0, 0.0
-        return made
-
     def batch(length: int) -> Any:
         found = make_batch(
-            [rollout(i, length) for i in range(4 * WORLD)], aggregation="token", max_tokens=2 * length, ranks=WORLD
+            [made_rollout(i, length) for i in range(4 * WORLD)], aggregation="token", max_tokens=2 * length, ranks=WORLD
         )
         assert [len(share) for share in found.shares] == [2] * WORLD
         return found

@@ -35,11 +35,11 @@ from train_kit import files_limited_to
 class Trained:
     """A tiny student on a rank, dealt out where there are several, and jobs to change and to see it."""
 
-    def __init__(self, ranks: Ranks, kind: str, optimizer: str, seed: int, root: Path) -> None:
+    def __init__(self, ranks: Ranks, kind: str, seed: int, root: Path) -> None:
         self.model: Any = tiny_model(kind, seed=seed, layers=1, hidden_size=40)  # not even among 3
         if ranks.world > 1:
             shard(self.model, self.model, make_mesh(ranks.world, "cpu", "full"), low_precision=False)
-        self.optimizer = Optimizer(self.model, TrainConfig(optimizer=optimizer))
+        self.optimizer = Optimizer(self.model, TrainConfig())
         self.shards = Shards(ranks, self.model, self.optimizer)
         self.store = Checkpoints(root, self.shards, keep_last=2)
         self.ranks = ranks
@@ -166,11 +166,11 @@ def register_harm(ranks: Ranks) -> None:
     ranks.register("die while writing", die_while_writing)
 
 
-def body(scenario: Callable[[Trained, Path], None], root: Path, kind: str, optimizer: str, rank: int) -> int:
+def body(scenario: Callable[[Trained, Path], None], root: Path, kind: str, rank: int) -> int:
     torch.set_num_threads(1)
     with Ranks.from_environment(30.0) as ranks:
         register_harm(ranks)
-        trained = Trained(ranks, kind, optimizer, ranks.world, root)
+        trained = Trained(ranks, kind, ranks.world, root)
         ranks.meet()
         if ranks.leads:
             scenario(trained, root)
@@ -182,11 +182,11 @@ def body(scenario: Callable[[Trained, Path], None], root: Path, kind: str, optim
 def main(folder: Path) -> None:
     found = {}
 
-    def run(name: str, world: int, scenario: Any, root: str, kind: str, optimizer: str = "adamw") -> None:
+    def run(name: str, world: int, scenario: Any, root: str, kind: str) -> None:
         outputs = folder / name
         outputs.mkdir()
         (folder / root).mkdir(exist_ok=True)
-        pids = fork_ranks(world, outputs, partial(body, scenario, folder / root, kind, optimizer))
+        pids = fork_ranks(world, outputs, partial(body, scenario, folder / root, kind))
         codes = wait_all(pids)
         lines = [(outputs / f"rank-{rank}.txt").read_text().splitlines() for rank in range(world)]
         found[name] = {"codes": codes, "lines": [text[-1] if text else "" for text in lines]}
