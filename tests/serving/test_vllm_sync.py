@@ -231,6 +231,18 @@ def test_a_load_that_broke_off_leaves_no_trace(
         assert max(trainer.gap(rollout) for rollout in trainer.draw()) <= 1e-4
 
 
+def clone(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def wait_for_tokens(known: Any, count: int, drawing: threading.Thread) -> None:
+    """Until a rollout in the making has got `count` tokens more, or a new one has so many."""
+    before = {id(each.stream): len(each.stream.token_ids) for each in list(known.live)}
+    while not any(len(each.stream.token_ids) >= before.get(id(each.stream), 0) + count for each in list(known.live)):
+        assert drawing.is_alive()
+        threading.Event().wait(0.005)
+
+
 @pytest.mark.parametrize("sync", ["files", "gloo"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_change_in_flight_change_what_follows_and_nothing_else(
@@ -241,20 +253,27 @@ def test_weights_that_change_in_flight_change_what_follows_and_nothing_else(
     with Trainer(load(folders, kind), served[kind], carrier) as trainer:
         trainer.publisher.publish(0)
         trainer.draw(max_tokens=4)  # which log-probs it reports is asked before the first sample
-        drawing = threading.Thread(target=lambda: found.extend(trainer.draw(n=6, prompts=8, max_tokens=220)))
-        drawing.start()
-        endpoint, states = trainer.samplers.endpoints[0], [dict(trainer.model.state_dict())]
-        states[0] = {name: tensor.clone() for name, tensor in states[0].items()}
-        for version in (1, 2):
-            while not any(
-                len(each.stream.token_ids) >= 30 * version for each in trainer.samplers._known[endpoint].live
-            ):
-                assert drawing.is_alive()
-                threading.Event().wait(0.005)
+        states = [clone(trainer.model)]
+        for _ in range(2):
             trainer.step()
-            states.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
-            trainer.publisher.publish(version)
-        drawing.join()
+            states.append(clone(trainer.model))
+        known, over = trainer.samplers._known[trainer.samplers.endpoints[0]], threading.Event()
+
+        def keep_drawing() -> None:  # a publish may take as long as a whole draw
+            while not over.is_set():
+                found.extend(trainer.draw(n=6, prompts=4, max_tokens=220))
+
+        drawing = threading.Thread(target=keep_drawing)
+        drawing.start()
+        try:
+            for version in (1, 2):
+                wait_for_tokens(known, 30, drawing)
+                trainer.model.load_state_dict(states[version])
+                trainer.publisher.publish(version)
+            wait_for_tokens(known, 30, drawing)
+        finally:
+            over.set()
+            drawing.join()
         worst, nearest_other, counts = 0.0, math.inf, [0, 0, 0]
         for version, state in enumerate(states):
             trainer.model.load_state_dict(state)
@@ -268,9 +287,9 @@ def test_weights_that_change_in_flight_change_what_follows_and_nothing_else(
     several = sum(len(rollout.policy_versions or []) > 1 for rollout in found)
     print(f"\n{kind}, {sync}: {counts} tokens of versions 0, 1, 2; {several} of {len(found)} rollouts of several; "
           f"worst difference {worst:.2g} nats, another version's at least {nearest_other:.2g}")  # fmt: skip
-    assert len(found) == 48
+    assert len(found) >= 24
     assert all(len(rollout.token_ids) == 220 for rollout in found)
-    assert sum(counts) == 48 * 220
+    assert sum(counts) == len(found) * 220
     assert min(counts) > 0
     assert several > 0
     assert worst <= 1e-4
