@@ -36,6 +36,7 @@ from scope_opd.cli.models import (
     head_rows,
     load_student,
     load_teacher,
+    load_trainee,
     local_teacher,
     plain_student,
     student_temperature,
@@ -170,7 +171,7 @@ def _build_engines(config: Config, commits: Mapping[str, str], ranks: Ranks, und
         warnings.append(f"eval.problems = {config.eval.problems}: data.eval has {len(eval_rows)}, all are used")
 
     verifier, distinct_key = build_verifier(config, [*train_prompts, *eval_prompts])
-    student = load_student(config, device)
+    student = load_trainee(config, device, ranks)
     fingerprints: dict[str, Any] = {"student": {"weights": weights_digest(student)}}
     add_adapters(student, config.model.lora, seed=config.run.seed)  # before anything takes it apart
     ends = end_token_ids(student, tokenizer, config.chat.stop_token_ids)

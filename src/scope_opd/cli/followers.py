@@ -12,8 +12,8 @@ from scope_opd.cli.models import (
     autocast_dtype,
     eval_sampler,
     frozen_reference,
-    load_student,
     load_teacher,
+    load_trainee,
     local_teacher,
     plain_student,
     teacher_sampler,
@@ -38,7 +38,7 @@ def build_follower(config: Config, ranks: Ranks) -> Follower:
     """
     device = rank_device(config, ranks)
     method = build_configured_method(config)
-    trained = load_student(config, device)
+    trained = load_trainee(config, device, ranks)
     add_adapters(trained, config.model.lora, seed=config.run.seed)
     autocast = autocast_dtype(config, device)
     reference = frozen_reference(config, trained, autocast) if config.objective.reference_kl > 0 else None

@@ -17,6 +17,7 @@ from scope_opd.models.head import HeadView
 from scope_opd.models.loading import load_model
 from scope_opd.models.packed_attention import enable
 from scope_opd.models.rows import Rows, rows_logprobs
+from scope_opd.ranks import Ranks
 from scope_opd.rollout.local import LocalSampler
 from scope_opd.teacher.ends import EndTokens
 from scope_opd.teacher.local import LocalTeacher
@@ -31,8 +32,17 @@ def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if device.type == "cuda" and config.train.param_dtype == "float32" else None
 
 
-def load_student(config: Config, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The student in ``train.param_dtype`` on its device, without adapters."""
+def load_student(
+    config: Config, device: torch.device, dtype: torch.dtype | None = None, *, in_files: bool = False
+) -> PreTrainedModel:
+    """The student in ``train.param_dtype`` on its device, without adapters.
+
+    Args:
+        config: the run.
+        device: on which.
+        dtype: another than ``train.param_dtype``.
+        in_files: see ``load_model``.
+    """
     model = config.model
     return load_model(
         model.path,
@@ -41,7 +51,16 @@ def load_student(config: Config, device: torch.device, dtype: torch.dtype | None
         device=device,
         attn_implementation=model.attn_implementation,
         trust_remote_code=model.trust_remote_code,
+        in_files=in_files,
     )
+
+
+def load_trainee(config: Config, device: torch.device, ranks: Ranks) -> PreTrainedModel:
+    """The student that is trained, without adapters. Weights of which a rank gets a share wait for that in their files.
+
+    A frozen reference is a copy of the whole student, which is loaded as a whole then.
+    """
+    return load_student(config, device, in_files=ranks.world > 1 and config.objective.reference_kl == 0)
 
 
 def plain_student(config: Config, device: torch.device) -> PreTrainedModel:

@@ -7,17 +7,19 @@ import hashlib
 import torch
 from torch import nn
 
+from scope_opd.models.deferred import values
+
 SAMPLED = 1024
 """Values of a tensor that enter the digest at most, evenly spread: training changes nearly all of them."""
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over every parameter's name, dtype, shape and sampled values; the same on any device."""
+    """SHA-256 over every parameter's name, dtype, shape and sampled values; the same on any device, deferred or not."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
+        flat = values(parameter).reshape(-1)
         places = torch.linspace(0, max(flat.numel() - 1, 0), min(flat.numel(), SAMPLED), dtype=torch.float64)
-        values = flat[places.round().long().to(flat.device)].cpu()
+        sample = flat[places.round().long().to(flat.device)].cpu().to(parameter.dtype)
         digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
-        digest.update(values.view(torch.uint8).numpy().tobytes())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

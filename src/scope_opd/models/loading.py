@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from scope_opd.errors import ModelError
+from scope_opd.models.deferred import defer
 from scope_opd.models.places import check_device_name, resolve_path
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 
 
@@ -35,8 +39,19 @@ def load_model(
     device: torch.device | str = "cpu",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    in_files: bool = False,
 ) -> PreTrainedModel:
     """A causal LM in eval mode on ``device``, its weights held in ``dtype``.
+
+    Args:
+        path: a folder, a hub id, or a shipped model.
+        revision: of a hub id.
+        dtype, device: of the weights.
+        attn_implementation: as transformers has it; None: its choice.
+        trust_remote_code: whether code that the model brings along may run.
+        in_files: its weights may stay in their files for now (``models.deferred``), which they do where that gives the
+            same numbers: files of safetensors, all in one dtype that ``dtype`` holds exactly. The model is the same but
+            for that.
 
     Raises:
         ModelError: no such folder, no config.json, no weights, weights that are damaged or do not belong to the
@@ -50,23 +65,37 @@ def load_model(
     options: dict[str, Any] = {"revision": revision} if revision is not None else {}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    try:
-        with _quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                target, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **options
-            )
-    except (MemoryError, torch.OutOfMemoryError):
-        raise  # the folder may well be whole: whoever asked for the model says what to do about memory
-    except Exception as error:
-        raise _explain(error, path, f"a causal LM that transformers can load in {dtype}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"model {path!r} lacks {len(missing)} weights of its architecture, the first {missing[0]}",
-            "a complete checkpoint",
-            "save the whole model again (an adapter must be merged first), or mend config.json",
-        )
-    return model.to(device).eval()
+    options["trust_remote_code"] = trust_remote_code
+
+    def load(held: torch.dtype) -> PreTrainedModel:
+        try:
+            with _quiet():
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    target, dtype=held, output_loading_info=True, **options
+                )
+        except (MemoryError, torch.OutOfMemoryError):
+            raise  # the folder may well be whole: whoever asked for the model says what to do about memory
+        except Exception as error:
+            raise _explain(error, path, f"a causal LM that transformers can load in {dtype}") from error
+        _refuse_missing(report["missing_keys"], path)
+        loaded: PreTrainedModel = model.eval()
+        return loaded
+
+    stored = _stored_dtype(target, revision) if in_files else None
+    if stored is not None and torch.promote_types(stored, dtype) == dtype:
+        model = load(stored)  # as stored, so that weights are views of the mapped files and not copies
+        if stored == dtype:
+            defer(model, torch.device(device))
+            return model.to(device)
+        # Buffers are made in the dtype of the weights where a model does not say otherwise.
+        if all(buffer.dtype == torch.float32 for buffer in model.buffers() if buffer.is_floating_point()):
+            defer(model, torch.device(device), dtype)
+            for name in ("", *model.config.sub_configs):
+                part = getattr(model.config, name, None) if name else model.config
+                if part is not None:
+                    part.dtype = dtype
+            return model.to(device)
+    return load(dtype).to(device)
 
 
 def load_tokenizer(
@@ -216,6 +245,35 @@ def _check_weights(folder: Path, path: str) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} is damaged ({error})", "a whole safetensors file", "copy it again") from None
+
+
+def _refuse_missing(keys: Collection[str], path: str) -> None:
+    if keys:
+        raise ModelError(
+            f"model {path!r} lacks {len(keys)} weights of its architecture, the first {min(keys)}",
+            "a complete checkpoint",
+            "save the whole model again (an adapter must be merged first), or mend config.json",
+        )
+
+
+def _stored_dtype(target: str, revision: str | None) -> torch.dtype | None:
+    """The one dtype of all tensors in the safetensors files that transformers loads; None where there is no such."""
+    found = set()
+    try:
+        with _quiet():
+            options: Any = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+            single = cached_file(target, SAFE_WEIGHTS_NAME, **options)
+            files = [single]
+            if single is None:
+                index = cached_file(target, SAFE_WEIGHTS_INDEX_NAME, **options)
+                files, _ = get_checkpoint_shard_files(target, index, revision=revision)
+        for file in files:
+            with safe_open(file, framework="pt") as stream:
+                names = stream.keys()
+                found |= {stream.get_slice(name).get_dtype() for name in names}
+    except Exception:  # a network, a folder without such files: loading them tells what is wrong, if anything is
+        return None
+    return _FLOATS.get(found.pop()) if len(found) == 1 else None
 
 
 def _explain(error: Exception, path: str, expected: str) -> ModelError:

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from scope_opd.errors import ConfigError
+from scope_opd.models.deferred import fill
 from scope_opd.models.watch import decoder_layers
 from scope_opd.ranks import Ranks
 
@@ -64,9 +65,11 @@ def make_mesh(
 def shard(root: nn.Module, model: PreTrainedModel, mesh: DeviceMesh, *, low_precision: bool) -> None:
     """Deal the weights of a model to the ranks of a mesh, in place. Its parameters are DTensors then.
 
+    A deferred model's weights are read as they are dealt, a layer at a time.
+
     Args:
         root: the module around it within which everything happens.
-        model: whole, the same on every rank.
+        model: whole or deferred, the same on every rank.
         mesh: from ``make_mesh``.
         low_precision: float32 weights are computed with in bfloat16.
     """
@@ -77,7 +80,9 @@ def shard(root: nn.Module, model: PreTrainedModel, mesh: DeviceMesh, *, low_prec
         # What the loss is given is not the model's to cast.
         around = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for layer in decoder_layers(model):
+        fill(layer)
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fill(root)
     fully_shard(root, mesh=mesh, mp_policy=around, reshard_after_forward=False)
     for module in root.modules():
         if isinstance(module, FSDPModule):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from scope_opd.models.deferred import runnable
 from scope_opd.models.head import HeadView, TokenScores, score_hidden
 from scope_opd.models.packing import crossover_of, packs_exactly
 from scope_opd.objective.surrogate import reference_kl, sampler_correction, surrogate
@@ -48,13 +49,14 @@ class Forward(nn.Module):
         self.reference = engines.reference
         if self.settings.reference_kl > 0 and self.reference is None:
             raise ValueError(f"reference_kl = {self.settings.reference_kl} without a reference; expected its log-probs")
-        self.view = HeadView(engines.trained)
         parameter = next(engines.trained.parameters())
         self.device = parameter.device
         self.autocast = parameter.is_cuda and parameter.dtype == torch.float32
         self.dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        with self._precision():
-            self.packs = packing and packs_exactly(self.view)
+        with runnable(engines.trained):
+            self.view = HeadView(engines.trained)
+            with self._precision(keep=False):
+                self.packs = packing and packs_exactly(self.view)
         self.crossover = crossover_of(engines.trained)
         self.distillation: Distillation | None = None
         if self.settings.distill != "sampled":
@@ -155,8 +157,9 @@ class Forward(nn.Module):
         correction, capped = sampler_correction(trainer, micro.sampler, self.settings.correction_cap)
         return correction, capped, micro.sampler - trainer
 
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
+    def _precision(self, keep: bool = True) -> torch.autocast:
+        """Args: keep: weights that were cast are kept until its end."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast, cache_enabled=keep)
 
     def _own_dtype(self) -> torch.autocast:
         """Without the student's autocast."""
