@@ -10,6 +10,7 @@ import torch
 
 from scope_opd.errors import ModelError, RunFailed, ScopeError
 from scope_opd.models.rows import positions_of, stack
+from scope_opd.teacher.kept import KeptHidden
 from scope_opd.teacher.local import LocalTeacher
 from scope_opd.types import Rollout, Teacher
 from tiny import EOS_ID, KINDS, tiny_model
@@ -145,6 +146,48 @@ def test_projected_hidden_states_are_tempered_logits_and_carry_no_gradient(kind:
     found = logits.log_softmax(-1).gather(-1, rows.tokens(positions)[:, None])[:, 0]
     expected = torch.cat([plain(model, rollout, 0.6) for rollout in rollouts])
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("scored", "keep_bytes", "reads"), [(6, 2**30, 0), (3, 2**30, 1), (6, 4096, 1), (6, 0, 1)])
+def test_hidden_states_kept_at_scoring_are_those_of_another_pass(
+    packed: bool, scored: int, keep_bytes: int, reads: int
+) -> None:
+    model, rollouts = tiny_model("qwen3", dtype=torch.float64), ragged_rollouts(6)
+    # The same tokens with another prompt: what one of them needs is not all that was kept for the other.
+    whole = rollouts[0].prompt_token_ids + rollouts[0].token_ids
+    rollouts[1] = Rollout("same", "g", whole[:-1], whole[-1:], [0.0])
+    rows = stack([rollout.prompt_token_ids + rollout.token_ids for rollout in rollouts], packed=packed)
+    positions = positions_of(
+        [len(rollout.prompt_token_ids) for rollout in rollouts],
+        [len(rollout.token_ids) for rollout in rollouts],
+        packed=packed,
+    )
+    positions = positions[torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))]
+    teacher = LocalTeacher(model, keep_bytes=keep_bytes, max_tokens_per_batch=60)
+    expected = teacher.response_hidden(rows, positions)  # nothing is kept yet
+    order = [1, 0, 2, 3, 4, 5]  # the longer of the two responses is put last
+    score(teacher, [rollouts[index] for index in order[:scored]])
+    passes = []
+    model.model.register_forward_hook(lambda *_: passes.append(1))
+    torch.testing.assert_close(teacher.response_hidden(rows, positions), expected, atol=1e-12, rtol=1e-10)
+    assert len(passes) == reads
+    score(teacher, [rollouts[0], rollouts[1]])  # now the shorter is
+    torch.testing.assert_close(teacher.response_hidden(rows, positions), expected, atol=1e-12, rtol=1e-10)
+
+
+def test_a_store_of_hidden_states_keeps_what_was_put_last() -> None:
+    one = torch.ones(2, 4)  # 32 bytes
+    store = KeptHidden(64)
+    for name in range(3):
+        store.put([7, name], one * name)
+    assert (len(store), store.bytes, store.get([7, 0])) == (2, 64, None)
+    store.put([7, 1], one)  # again: now the last
+    store.put([7, 3], one)
+    assert store.get([7, 2]) is None
+    assert store.get([7, 1]) is not None
+    store.put([7, 4], torch.ones(5, 4))
+    assert (len(store), store.get([7, 4])) == (2, None)
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"max_tokens_per_batch": 0}, {"log_prob_floor": 1.0}])

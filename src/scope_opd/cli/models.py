@@ -105,6 +105,7 @@ def local_teacher(config: Config, teacher: PreTrainedModel, ends: EndTokens | No
         max_tokens_per_batch=config.teacher.max_tokens_per_batch,
         log_prob_floor=config.teacher.log_prob_floor,
         ends=ends,
+        keep_bytes=0 if config.objective.distill == "sampled" else int(config.teacher.keep_hidden_gib * 2**30),
     )
 
 

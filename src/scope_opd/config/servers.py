@@ -51,7 +51,9 @@ class TeacherConfig(ServerConfig):
     """The teacher: in process (``path``), or behind servers (``base_urls``, or ``routes``; docs/serving.md).
 
     In process: ``path`` as for the student; ``dtype`` holds its weights ("auto": bfloat16 on a GPU, float32 on a CPU);
-    ``max_tokens_per_batch`` bounds prompt + response tokens scored in one forward pass.
+    ``max_tokens_per_batch`` bounds prompt + response tokens scored in one forward pass. ``keep_hidden_gib``: where
+    ``objective.distill`` needs whole distributions, hidden states of scored rollouts kept in host memory, so that the
+    update need not read them again; 0 keeps none.
 
     Behind servers: ``route_by`` names a column of the data; ``[teacher.routes.VALUE]`` is the teacher of prompts with
     that value, ``base_urls`` that of all others. ``tokenizer``: the teacher's, to be compared with the student's.
@@ -67,6 +69,7 @@ class TeacherConfig(ServerConfig):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     max_tokens_per_batch: PositiveInt = 8192
+    keep_hidden_gib: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     temperature: PositiveFloat | None = None
     log_prob_floor: Annotated[float, Field(lt=0, allow_inf_nan=False)] = -100.0
     attn_implementation: str | None = None

@@ -81,20 +81,26 @@ class Rows:
             The new rows, and where the same tokens stand in them, I[T, 2].
         """
         packed = self.packed is not None if packed is None else packed
-        owner, place = positions.unbind(1)
-        if self.packed is not None:
-            owner = torch.searchsorted(self.packed.boundaries, place.contiguous(), right=True) - 1
-            place = place - self.packed.boundaries[owner]
+        owner, place = self.owners(positions)
         chosen, owner = owner.unique(return_inverse=True)
         if len(chosen) == len(self.lengths) and packed == (self.packed is not None):
             return self, positions
-        sequences = self._sequences()
+        sequences = self.sequences()
         rows = stack([sequences[index] for index in chosen.tolist()], packed=packed, device=self.input_ids.device)
         if rows.packed is not None:
             owner, place = torch.zeros_like(owner), place + rows.packed.boundaries[owner]
         return rows, torch.stack((owner, place), dim=1)
 
-    def _sequences(self) -> list[list[int]]:
+    def owners(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """For ``positions`` I[T, 2] the sequences that hold them, and their places in these; I[T] each."""
+        owner, place = positions.unbind(1)
+        if self.packed is not None:
+            owner = torch.searchsorted(self.packed.boundaries, place.contiguous(), right=True) - 1
+            place = place - self.packed.boundaries[owner]
+        return owner, place
+
+    def sequences(self) -> list[list[int]]:
+        """The token ids of each."""
         if self.packed is None:
             return [row[:length] for row, length in zip(self.input_ids.tolist(), self.lengths, strict=True)]
         row = self.input_ids[0].tolist()

@@ -2,7 +2,8 @@
 
 Rollouts are sorted by length, padded on the right and cut by ``models.batching``, so the batches of a step are a
 function of the step; full-vocabulary logits exist for a chunk of tokens at a time. Sequences that differ only in their
-response share no work. Not covered: teachers behind HTTP, top-k rows.
+response share no work. Where an update wants whole distributions, the hidden states of what was scored can be kept for
+it. Not covered: teachers behind HTTP, top-k rows.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from transformers import PreTrainedModel
 
 from scope_opd.errors import ModelError, RunFailed, ScopeError
 from scope_opd.models.batching import microbatches, pad_right, response_positions
-from scope_opd.models.head import HeadView, response_logprobs
+from scope_opd.models.head import HeadView, score_hidden
 from scope_opd.models.loading import context_length
 from scope_opd.models.packing import packs_exactly
 from scope_opd.models.rows import Rows
 from scope_opd.objective.logprobs import tempered
 from scope_opd.teacher.ends import EndTokens
+from scope_opd.teacher.kept import KeptHidden
 from scope_opd.types import Rollout, TeacherScore
 
 
@@ -36,6 +38,7 @@ class LocalTeacher:
         log_prob_floor: log-probs below it (-inf too) are raised to it and counted.
         chunk_tokens: tokens projected to the vocabulary at once; None as in ``models.head``.
         ends: what to do where it ends responses with other tokens than the student; None: score them as any token.
+        keep_bytes: hidden states of scored rollouts kept on the host for ``response_hidden``, at most; 0: none.
 
     Attributes:
         streams: False: all rollouts of a step are scored together.
@@ -56,6 +59,7 @@ class LocalTeacher:
         log_prob_floor: float = -100.0,
         chunk_tokens: int | None = None,
         ends: EndTokens | None = None,
+        keep_bytes: int = 0,
     ) -> None:
         for name, found, right, expected in (
             ("temperature", temperature, 0 < temperature < math.inf, "a number > 0"),
@@ -74,6 +78,7 @@ class LocalTeacher:
         self._context = context_length(model.config)
         self._device = next(model.parameters()).device
         self._packs: bool | None = None
+        self._kept = KeptHidden(keep_bytes) if keep_bytes > 0 else None
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScore]:
         """Log-prob of every response token, log softmax(logits / temperature)[token], floored; one score a rollout.
@@ -99,10 +104,37 @@ class LocalTeacher:
     def response_hidden(self, rows: Rows, positions: Tensor) -> Tensor:
         """Hidden states that predict the tokens at ``positions``, without gradient: [T, H], for ``project``.
 
+        Those that were kept when their rollout was scored are not computed again.
+
         Args:
             rows: on the teacher's device. Packed ones are padded where the teacher cannot take packs.
             positions: I[T, 2] of (row, column) of the predicted tokens.
         """
+        if self._kept is None or not len(self._kept):
+            return self._read(rows, positions)
+        owner, place = rows.owners(positions)
+        found = [self._kept.get(sequence) for sequence in rows.sequences()]
+        kept = [hidden for hidden in found if hidden is not None]
+        if not kept:
+            return self._read(rows, positions)
+        # Laid end to end, where each sequence's first token would stand, and the first that is covered.
+        starts, covered, end = [], [], 0
+        for hidden, length in zip(found, rows.lengths, strict=True):
+            count = 0 if hidden is None else len(hidden)
+            end += count
+            starts.append(end - length)
+            covered.append(length - count)
+        known = place >= torch.tensor(covered, device=place.device)[owner]
+        ready = (torch.tensor(starts, device=place.device)[owner] + place)[known]
+        hidden = torch.cat(kept)[ready.cpu()].to(self._device)
+        if known.all():
+            return hidden
+        whole = hidden.new_empty(len(positions), hidden.shape[1])
+        whole[known] = hidden
+        whole[~known] = self._read(*rows.touched(positions[~known])).to(hidden.dtype)
+        return whole
+
+    def _read(self, rows: Rows, positions: Tensor) -> Tensor:
         if rows.packed is not None:
             if self._packs is None:
                 self._packs = packs_exactly(self.view)
@@ -147,9 +179,18 @@ class LocalTeacher:
         )
         lengths = [len(rollout.token_ids) for rollout in rollouts]
         positions = response_positions([len(rollout.prompt_token_ids) for rollout in rollouts], lengths, self._device)
-        found = response_logprobs(
-            self.view, input_ids, None, positions, self.temperature, chunk_tokens=self.chunk_tokens, entropy=False
+        hidden = self.view.response_hidden(input_ids, None, positions)
+        found = score_hidden(
+            self.view,
+            hidden,
+            input_ids[positions[:, 0], positions[:, 1]],
+            self.temperature,
+            chunk_tokens=self.chunk_tokens,
+            entropy=False,
         )
+        if self._kept is not None:
+            for rollout, own in zip(rollouts, hidden.split(lengths), strict=True):
+                self._kept.put([*rollout.prompt_token_ids, *rollout.token_ids], own)
         scores = []
         for rollout, values in zip(rollouts, found.logprobs.cpu().split(lengths), strict=True):
             self._refuse_nan(rollout, values)
