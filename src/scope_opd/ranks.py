@@ -193,7 +193,7 @@ class Ranks:
                     raise
                 raise cause from error
             finally:
-                self._work = None
+                self._end_work()
             if self.failure is not None:
                 raise self._telling()
             return [own, *(work.results[rank] for rank in range(1, self.world))]
@@ -218,7 +218,7 @@ class Ranks:
             try:
                 yield work
             finally:
-                self._work = None
+                self._end_work()
                 if not work.done:
                     self._send(("cancel", work.number))
 
@@ -228,11 +228,17 @@ class Ranks:
         if self._closed:
             raise RunFailed("the other ranks have ended", "all of them", "see the first error")
         self._number += 1
-        self._work = work = Work(self, self._number)
+        with self.state:
+            self._work = work = Work(self, self._number)
         for wire, share in zip(self._wires.values(), shares, strict=True):
             with suppress(OSError):  # who is gone is missed by the thread that hears it
                 wire.send(("job", self._number, name, share))
         return work
+
+    def _end_work(self) -> None:
+        """From here on nothing is taken in for the job: what comes late is passed over, and ``done`` stays as it is."""
+        with self.state:  # a thread that has just seen this job is handing a part over to it
+            self._work = None
 
     # --- the others --------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from scope_opd.config import TrainConfig
+from scope_opd.errors import ModelError
 from scope_opd.models.checkpointing import set_checkpointing
 from scope_opd.models.sharding import local, make_mesh, shard, total_norm, whole_weights
 from scope_opd.train.batch import Batch, MicroBatch, MiniBatch
@@ -242,11 +243,22 @@ class Learner:
         return done
 
     def _refresh(self, _: None) -> None:
+        """Raises ModelError where this rank's copy has other weights than those that are trained."""
         target = {} if self._copy is None else dict(self._copy.named_parameters())
+        odd = set(target)
         with torch.no_grad():
-            for name, weight in whole_weights(self.model, merged=True):
-                if name in target:
+            for name, weight in whole_weights(self.model, merged=True):  # to the end: the others gather with this rank
+                if name in target and target[name].shape == weight.shape:
                     target[name].copy_(weight)
+                    odd.discard(name)
+                elif target:
+                    odd.add(name)
+        if odd:
+            raise ModelError(
+                f"the student's copy that samples has other weights than the student: {', '.join(sorted(odd)[:4])}",
+                "the same names and shapes",
+                "train on one rank, which needs no copy",
+            )
 
     def _gather(self, _: None) -> dict[str, Tensor]:
         weights = {}
