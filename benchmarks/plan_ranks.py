@@ -2,12 +2,17 @@
 
     python benchmarks/plan_ranks.py                  # two ranks, two cases, a few minutes on two cores
     python benchmarks/plan_ranks.py --only qwen3
+    python benchmarks/plan_ranks.py --loading        # what a rank holds until the weights are dealt, about a minute
 
 As benchmarks/plan_memory.py, of which it takes cases and meter, but each rank is a process with its share of the
 weights: measured is the largest growth of its resident memory in an update of a few tokens and one of two micro-batches
 a rank, after the weights were dealt. Gloo's own buffers are in it and are not planned.
 
 Prints one JSON line last: planned / measured for each case and rank, and the largest distance from 1 (goal: 0.15).
+
+``--loading`` measures each rank from its start until the weights of a student of 103 million parameters, stored in
+bfloat16 and trained in float32, have been dealt: the most anonymous memory (pages of files, which ranks share and the
+system may drop, are told apart), loaded whole by every rank and dealt from the files.
 """
 
 from __future__ import annotations
@@ -19,6 +24,10 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +35,10 @@ from plan_memory import CASES, GOAL, Resident, config_of, made_rollout, resident
 
 WORLD = 2
 NAMES = ("llama-512", "qwen3-256")
+LOADED = {
+    "vocab_size": 32_000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 64, "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -85,8 +98,79 @@ def measure(name: str) -> dict[str, Any]:
     }
 
 
-def case(name: str) -> list[dict[str, Any]]:
-    """What every rank found."""
+def memory() -> dict[str, float]:
+    """Megabytes of this process: its own, and of files."""
+    status = Path("/proc/self/status").read_text().split("\n")
+    sizes = {name: int(line.split()[1]) / 1e3 for line in status for name in [line.split(":")[0]] if "Rss" in name}
+    return {"anonymous": sizes["RssAnon"], "files": sizes["RssFile"]}
+
+
+def measure_loading(folder: str, how: str) -> dict[str, Any]:
+    """On one rank."""
+    import torch
+
+    from scope_opd.config import TrainConfig
+    from scope_opd.models.loading import load_model
+    from scope_opd.ranks import Ranks
+    from scope_opd.train.engines import SurrogateSettings
+    from scope_opd.train.step import Learner
+
+    torch.set_num_threads(1)
+    with Ranks.from_environment(300.0) as ranks:
+        gc.collect()
+        before, most, stopped = memory(), memory(), threading.Event()
+
+        def watch() -> None:
+            while not stopped.is_set():
+                for name, size in memory().items():
+                    most[name] = max(most[name], size)
+                time.sleep(0.002)
+
+        watching = threading.Thread(target=watch, daemon=True)
+        watching.start()
+        began = time.perf_counter()
+        model = load_model(folder, in_files=how == "from files")
+        surrogate = SurrogateSettings(student_temperature=0.6, sampling_temperature=0.6)
+        parts: Any = SimpleNamespace(
+            model=None, trained=model, surrogate=surrogate, teacher_head=None, reference=None, ranks=ranks
+        )
+        learner = Learner(parts, TrainConfig(lr=1e-5))
+        seconds = time.perf_counter() - began
+        stopped.set()
+        watching.join()
+        gc.collect()
+        after = memory()
+        assert learner.forward.packs
+        if not ranks.leads:
+            ranks.follow()
+    return {
+        "peak_mb": round(most["anonymous"] - before["anonymous"], 1),
+        "kept_mb": round(after["anonymous"] - before["anonymous"], 1),
+        "files_mb": round(most["files"] - before["files"], 1),
+        "seconds": round(seconds, 1),
+    }
+
+
+def loading() -> dict[str, Any]:
+    """What every rank found, by how it loads."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = Qwen3ForCausalLM(Qwen3Config(**LOADED))
+        parameters = model.num_parameters()
+        model.to(torch.bfloat16).save_pretrained(folder)
+        del model
+        found = {how: on_ranks("--child-loading", folder, how) for how in ("whole", "from files")}
+    return {
+        "parameters": parameters,
+        "whole_mb": parameters * 4 / 1e6,
+        "share_mb": parameters * 4 / 1e6 / WORLD,
+    } | found
+
+
+def on_ranks(*arguments: str) -> list[dict[str, Any]]:
+    """What this program prints on every rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -96,7 +180,7 @@ def case(name: str) -> list[dict[str, Any]]:
     }  # fmt: skip
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, "--child", name],
+            [sys.executable, __file__, *arguments],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             text=True,
@@ -115,15 +199,23 @@ def case(name: str) -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="")
+    parser.add_argument("--loading", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--child-loading", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(measure(arguments.child)))
         return 0
+    if arguments.child_loading:
+        print(json.dumps(measure_loading(*arguments.child_loading)))
+        return 0
+    if arguments.loading:
+        print(json.dumps({"benchmark": "plan_ranks --loading", **loading()}))
+        return 0
     results = {}
     for name in NAMES:
         if arguments.only in name:
-            results[name] = case(name)
+            results[name] = on_ranks("--child", name)
             print(name, json.dumps(results[name]), file=sys.stderr, flush=True)
     worst = max(abs(rank["ratio"] - 1) for ranks in results.values() for rank in ranks)
     print(json.dumps({"benchmark": "plan_ranks", "worst": round(worst, 3), "goal": GOAL, "cases": results}))
