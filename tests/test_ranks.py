@@ -196,18 +196,6 @@ def test_an_environment_that_is_not_whole_is_refused(monkeypatch: pytest.MonkeyP
         Ranks.from_environment(1.0)
 
 
-@pytest.mark.parametrize(
-    "setting", [{"optimizer": "muon"}, {"optimizer": "adamw_8bit"}, {"offload": "optimizer"}], ids=str
-)
-def test_what_needs_whole_states_is_refused_on_several_ranks(
-    monkeypatch: pytest.MonkeyPatch, setting: dict[str, str]
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    (name, value), *_ = setting.items()
-    with pytest.raises(ConfigError, match=f"train.{name} = '{value}' on several ranks"):
-        open_ranks(validate_config({"train": setting}))
-
-
 def test_weights_within_a_gpu_are_refused_on_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     rollout = {"sync": "ipc", "colocated": True, "model": "m", "base_urls": ["http://127.0.0.1:9/v1"]}

@@ -14,7 +14,6 @@ from scope_opd.models.loading import resolve_device
 from scope_opd.ranks import Ranks
 from scope_opd.teacher.ends import EndTokens
 from scope_opd.train.engines import SurrogateSettings
-from scope_opd.train.optim import refuse_sharded
 
 TRAIN, EVALUATION = "sample", "sample/evaluation"
 """The jobs of drawing a step's rollouts, and an evaluation's."""
@@ -43,14 +42,12 @@ def open_ranks(config: Config) -> Ranks:
         ScopeError: the other ranks were not found.
     """
     world = os.environ.get("WORLD_SIZE", "1")
-    if world != "1":
-        refuse_sharded(config.train)
-        if config.rollout.served and config.rollout.sync == "ipc":
-            raise ConfigError(
-                f"rollout.sync = 'ipc' with {world} ranks",
-                "'files', since it reaches only a server on the GPU of rank 0",
-                "change it, or start one rank",
-            )
+    if world != "1" and config.rollout.served and config.rollout.sync == "ipc":
+        raise ConfigError(
+            f"rollout.sync = 'ipc' with {world} ranks",
+            "'files', since it reaches only a server on the GPU of rank 0",
+            "change it, or start one rank",
+        )
     cuda = config.train.device != "cpu" and torch.cuda.is_available()
     return Ranks.from_environment(config.train.collective_timeout_s, cuda=cuda)
 

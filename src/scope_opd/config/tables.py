@@ -202,8 +202,10 @@ class TrainConfig(Table):
     ``threads``: torch intra-op threads; None leaves torch's choice.
 
     With several ranks (torchrun) weights, gradients and optimiser states are dealt to all of them (``shard = "full"``),
-    or to those of each machine, which then holds a whole copy ("hybrid"). ``collective_timeout_s``: how long a rank
-    waits for the others within an update; generation and judging have no such limit.
+    or to those of each machine, which then holds a whole copy ("hybrid"). Every optimiser steps on shares: states are
+    in 8 bits where every rank's rows of a matrix are whole blocks of 256 values, and Muon gathers one matrix at a time.
+    ``collective_timeout_s``: how long a rank waits for the others within an update; generation and judging have no such
+    limit.
     """
 
     steps: PositiveInt = 100

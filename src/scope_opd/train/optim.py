@@ -4,23 +4,35 @@ AdamW (one fused kernel), torchao's AdamW with 8-bit states, or torch's Muon on 
 Weight decay acts on parameters of two and more dimensions (embeddings included) and spares norms and biases, as Hugging
 Face's Trainer has it. AdamW's states, and with them its step, may be in CPU memory while the model is on a GPU.
 
-Not covered: 8-bit and offloaded states of sharded parameters.
+With several ranks each steps its shares of the parameters, and has the states of these alone. 8-bit states are cut into
+blocks of 256 values, row by row; where every rank's rows are whole blocks these are those of one rank, elsewhere the
+states stay in full. Muon gathers one matrix at a time, and every rank orthogonalises it.
+
+Not covered: 8-bit states of Muon; checkpoints whose 8-bit states the present number of ranks keeps in full.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from scope_opd.config import TrainConfig
 from scope_opd.errors import ConfigError
+from scope_opd.models.sharding import local
+
+_BLOCK = 256
+"""Values of a state in 8 bits that have one scale, torchao's default."""
+_NEVER = 2**62
+"""A block that no parameter fills: torchao keeps its states in full."""
 
 
 def lr_at(step: int, config: TrainConfig) -> float:
@@ -50,48 +62,53 @@ class Optimizer:
         config: optimizer, offload, weight_decay, betas, eps.
 
     Raises:
-        ConfigError: torchao is not installed, or states that cannot be sharded are asked for on several ranks.
+        ConfigError: torchao is not installed.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.parameters: list[Tensor] = [parameter for _, parameter in named]
-        self._names = {id(parameter): name for name, parameter in named}
+        self._owners = {id(parameter): (name, parameter) for name, parameter in named}
         hidden = _hidden_matrices(model, self.parameters) if config.optimizer == "muon" else []
         chosen = {id(parameter) for parameter in hidden}
         rest = [parameter for parameter in self.parameters if id(parameter) not in chosen]
-        if any(isinstance(parameter, DTensor) for parameter in self.parameters):
-            refuse_sharded(config)
-        self._copies: _CpuCopies | None = None
+        dealt = any(isinstance(parameter, DTensor) for parameter in self.parameters)
+        self._stand_ins: _CpuCopies | _Shares | None = None
         if config.offload == "optimizer":
-            self._copies = _CpuCopies(rest)
-            self._names |= {id(copy): self._names[id(own)] for own, copy in zip(rest, self._copies.all, strict=True)}
-            rest = self._copies.all
+            self._stand_ins = _CpuCopies(rest)
+        elif config.optimizer == "adamw_8bit" and dealt:
+            self._stand_ins = _Shares(rest)
+        if self._stand_ins is not None:
+            self._owners |= {
+                id(acting): self._owners[id(own)] for own, acting in zip(rest, self._stand_ins.all, strict=True)
+            }
+            rest = self._stand_ins.all
         self._parts: list[torch.optim.Optimizer] = []
         if hidden:
             # match_rms_adamw: updates of AdamW's size, so that one learning rate serves both kinds of parameter.
+            muon = _DealtMuon if dealt else torch.optim.Muon
             self._parts.append(
-                torch.optim.Muon(hidden, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+                muon(hidden, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
             )
-        if rest:
-            groups = [
-                {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-                {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-            ]
-            options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
-            groups = [group for group in groups if group["params"]]
-            if config.optimizer == "adamw_8bit":
-                self._parts.append(_adamw_8bit()(groups, **options))
-            else:
-                self._parts.append(torch.optim.AdamW(groups, fused=True, **options))
+        options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+        if config.optimizer == "adamw_8bit":
+            adamw_8bit = _adamw_8bit()
+            in_blocks = [_in_blocks(self._owners[id(acting)][1]) for acting in rest]
+            for block, wanted in ((_BLOCK, True), (_NEVER, False)):
+                some = [acting for acting, found in zip(rest, in_blocks, strict=True) if found is wanted]
+                if some:
+                    self._parts.append(adamw_8bit(_groups(some, config), block_size=block, **options))
+        elif rest:
+            self._parts.append(torch.optim.AdamW(_groups(rest, config), fused=True, **options))
+        self._eight_bits = config.optimizer == "adamw_8bit"
         # What torchao compiles for a GPU would take a C++ compiler and minutes on a CPU.
-        self._eager = config.optimizer == "adamw_8bit" and not any(parameter.is_cuda for parameter in self.parameters)
+        self._eager = self._eight_bits and not any(parameter.is_cuda for parameter in self.parameters)
 
     def step(self, lr: float) -> None:
-        """One update at learning rate ``lr``."""
+        """One update at learning rate ``lr``; with several ranks and Muon a collective."""
         with contextlib.ExitStack() as stack:
-            if self._copies is not None:
-                stack.enter_context(self._copies.stepping())
+            if self._stand_ins is not None:
+                stack.enter_context(self._stand_ins.stepping())
             if self._eager:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             for part in self._parts:
@@ -106,21 +123,35 @@ class Optimizer:
     def states(self) -> dict[str, Tensor]:
         """Every state tensor by "<parameter's name>/<state's name>", the optimiser's own memory; sharded as it is.
 
-        Hyperparameters are not among them: they come from the config, the learning rate with every step.
+        Names and shapes are those of whole parameters, whatever the number of ranks. Hyperparameters are not among
+        them: they come from the config, the learning rate with every step.
         """
         return {
-            f"{self._names[id(parameter)]}/{name}": tensor
+            f"{self._owners[id(parameter)][0]}/{name}": tensor
             for part in self._parts
             for parameter, state in part.state.items()
             for key, value in state.items()
             if isinstance(value, Tensor)
-            for name, tensor in _plain(key, value)
+            for name, tensor in _plain(key, value, self._owners[id(parameter)][1])
         }
+
+    def cut_otherwise(self, names: Collection[str]) -> str | None:
+        """The first parameter whose states are in 8 bits here and in full among ``names``, or the other way round.
+
+        Args:
+            names: as of ``states``.
+        """
+        names = set(names)
+        for name, parameter in self._owners.values() if self._eight_bits else ():
+            coded = f"{name}/exp_avg.codes" in names
+            if (coded or f"{name}/exp_avg" in names) and coded is not _in_blocks(parameter):
+                return name
+        return None
 
     def make_states(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Just the states of these names, ready to be overwritten with saved values; all others are dropped.
 
-        Call it before the weights are restored.
+        Call it before the weights are restored, on all ranks.
 
         Args:
             names: as of ``states``, of whole parameters: one that never got a gradient has none.
@@ -138,7 +169,7 @@ class Optimizer:
             raise ValueError(f"optimiser state {odd[0]} is not one of this optimiser's")
         held = {name.rpartition("/")[0] for name in wanted}
         for part in self._parts:
-            for parameter in [p for p in part.state if self._names[id(p)] not in held]:
+            for parameter in [p for p in part.state if self._owners[id(p)][0] not in held]:
                 del part.state[parameter]
         return self.states()
 
@@ -147,7 +178,7 @@ class _CpuCopies:
     """Copies of parameters in CPU memory (pinned for those on a GPU), where their optimiser has its states and steps.
 
     Args:
-        own: the parameters.
+        own: the parameters; of those that are dealt to ranks the copy is of this rank's share.
 
     Attributes:
         all: their copies, in order.
@@ -155,8 +186,8 @@ class _CpuCopies:
 
     def __init__(self, own: Sequence[Tensor]) -> None:
         self._own = own
-        self.all: list[Tensor] = [self._empty(parameter).requires_grad_() for parameter in own]
-        self._gradients = [self._empty(parameter) for parameter in own]
+        self.all: list[Tensor] = [self._empty(local(parameter)).requires_grad_() for parameter in own]
+        self._gradients = [self._empty(local(parameter)) for parameter in own]
 
     @contextlib.contextmanager
     def stepping(self) -> Iterator[None]:
@@ -166,13 +197,13 @@ class _CpuCopies:
         """
         with torch.no_grad():
             for own, copy, gradient in zip(self._own, self.all, self._gradients, strict=True):
-                copy.copy_(own, non_blocking=True)
-                copy.grad = None if own.grad is None else gradient.copy_(own.grad, non_blocking=True)
+                copy.copy_(local(own), non_blocking=True)
+                copy.grad = None if own.grad is None else gradient.copy_(local(own.grad), non_blocking=True)
             self._wait()
         yield
         with torch.no_grad():
             for own, copy in zip(self._own, self.all, strict=True):
-                own.copy_(copy, non_blocking=True)
+                local(own).copy_(copy, non_blocking=True)
             self._wait()
 
     def _wait(self) -> None:
@@ -182,6 +213,80 @@ class _CpuCopies:
     @staticmethod
     def _empty(like: Tensor) -> Tensor:
         return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+
+
+class _Shares:
+    """This rank's shares of dealt parameters as plain tensors, of the same memory, for an optimiser of such.
+
+    Args:
+        own: the parameters.
+
+    Attributes:
+        all: their shares, in order.
+    """
+
+    def __init__(self, own: Sequence[Tensor]) -> None:
+        self._own = own
+        with torch.no_grad():
+            self.all: list[Tensor] = [local(parameter).detach().requires_grad_() for parameter in own]
+
+    @contextlib.contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Shares have the gradients of theirs in a step, and their memory, which FSDP may have replaced."""
+        with torch.no_grad():
+            for own, share in zip(self._own, self.all, strict=True):
+                share.data = local(own).detach()
+                share.grad = None if own.grad is None else local(own.grad).detach()
+        yield
+        for share in self.all:
+            share.grad = None
+
+
+class _DealtMuon(torch.optim.Muon):
+    """torch's Muon for matrices that are dealt to ranks by rows.
+
+    Momentum is kept and added up in shares. The direction is gathered over the ranks that share a matrix, one matrix at
+    a time, orthogonalised whole on each of them by torch's own Muon, and each takes its rows of what comes out.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update; a collective, matrix by matrix."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                own, gradient, momentum = map(local, (parameter, parameter.grad, state["momentum_buffer"]))
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                share = gradient.lerp(momentum, group["momentum"])
+                direction = _dealt(share, parameter, parameter.shape)
+                assert isinstance(direction, DTensor)
+                whole = _orthogonal(direction.full_tensor(), group)
+                mesh, placements = parameter.device_mesh, parameter.placements
+                rows = local(distribute_tensor(whole, mesh, placements, src_data_rank=None))
+                own.mul_(1 - group["lr"] * group["weight_decay"]).add_(rows, alpha=group["lr"])
+
+
+def _orthogonal(direction: Tensor, group: dict[str, Any]) -> Tensor:
+    """What torch's Muon adds to a matrix at learning rate 1 for a direction that has its momentum already."""
+    whole = torch.zeros_like(direction, dtype=torch.promote_types(direction.dtype, torch.float32)).requires_grad_()
+    whole.grad = direction.to(whole.dtype)
+    kept = {name: group[name] for name in ("ns_coefficients", "ns_steps", "eps", "adjust_lr_fn")}
+    torch.optim.Muon([whole], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False, **kept).step()
+    return whole.detach()
+
+
+def _groups(parameters: Sequence[Tensor], config: TrainConfig) -> list[dict[str, Any]]:
+    """Parameter groups with and without weight decay."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _adamw_8bit() -> Any:
@@ -196,28 +301,55 @@ def _adamw_8bit() -> Any:
     return AdamW8bit
 
 
-def refuse_sharded(config: TrainConfig) -> None:
-    """What cannot be with weights that are dealt to several ranks.
+def _in_blocks(parameter: Tensor) -> bool:
+    """Whether AdamW with 8-bit states keeps those of a parameter in 8 bits. All ranks say the same.
 
-    Raises:
-        ConfigError: Muon, whose steps need whole matrices, 8-bit states, or states in CPU memory.
+    They are where the share of every rank is of whole blocks and, as torchao wants it, of 4,096 values and more. Those
+    of norms and biases never are: they are small, and their states would depend on the number of ranks.
     """
-    for name, value, instead in (
-        ("optimizer", "muon", "adamw, since ranks hold shares of the matrices that Muon needs whole"),
-        ("optimizer", "adamw_8bit", "adamw, whose states are dealt to the ranks"),
-        ("offload", "optimizer", "off, since the states are dealt to the ranks"),
-    ):
-        if getattr(config, name) == value:
-            raise ConfigError(f"train.{name} = {value!r} on several ranks", instead, f"leave train.{name} out")
+    if parameter.ndim < 2:
+        return False
+    ranks = parameter.device_mesh.shape[-1] if isinstance(parameter, DTensor) else 1
+    each = -(-parameter.shape[0] // ranks)
+    sizes = [rows * parameter.shape[1:].numel() for rows in (each, parameter.shape[0] - (ranks - 1) * each)]
+    return all(size >= 4096 and size % _BLOCK == 0 for size in sizes)
 
 
-def _plain(key: str, state: Any) -> Iterator[tuple[str, Tensor]]:
-    """A state as tensors without further meaning: one of 8 bits is its codes and the scale of each block."""
-    if hasattr(state, "codes"):
-        yield f"{key}.codes", state.codes
-        yield f"{key}.scale", state.scale
-    else:
-        yield key, state
+def _plain(key: str, state: Any, owner: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A state as tensors without further meaning, dealt as its parameter is; one of 8 bits is its codes and scales.
+
+    Scales are in rows of as many blocks as the fewest rows of the parameter that are whole blocks have, so that they
+    are dealt to ranks as the parameter's rows are.
+    """
+    if not hasattr(state, "codes"):
+        yield key, _dealt(state, owner, owner.shape)
+        return
+    width = owner.shape[1:].numel()
+    blocks = width // math.gcd(width, _BLOCK)
+    yield f"{key}.codes", _dealt(state.codes, owner, owner.shape)
+    scale = state.scale.view(-1, blocks)
+    yield f"{key}.scale", _dealt(scale, owner, torch.Size([owner.numel() // _BLOCK // blocks, blocks]))
+
+
+def _dealt(share: Tensor, owner: Tensor, shape: torch.Size) -> Tensor:
+    """A rank's share of a tensor as what it is to all ranks, in the same memory.
+
+    Args:
+        share: a number is the same everywhere, and what is a DTensor already stays as it is.
+        owner: the parameter that it belongs to, with which it is dealt out.
+        shape: of the whole.
+    """
+    if share.ndim == 0 or isinstance(share, DTensor) or not isinstance(owner, DTensor):
+        return share
+    mesh = owner.device_mesh if share.device.type == owner.device_mesh.device_type else _cpu_mesh(owner.device_mesh)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(share.detach(), mesh, owner.placements, run_check=False, shape=shape, stride=stride)
+
+
+@functools.lru_cache(maxsize=1)
+def _cpu_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The same ranks in the same groups, for tensors in CPU memory, which one of GPUs would bring to a GPU."""
+    return DeviceMesh.from_group(mesh.get_all_groups(), "cpu", mesh=mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
 
 
 def _hidden_matrices(model: nn.Module, parameters: Iterable[Tensor]) -> list[Tensor]:

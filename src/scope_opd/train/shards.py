@@ -6,9 +6,10 @@ place, whatever the world was that wrote them. A tensor that several ranks hold 
 are one parameter, and there once. Frozen weights are not saved: they come from the model that the run began with.
 
 ``Shards`` registers what ranks do together: plan a save (rank 0 deals the shards out), copy, write, tell what failed,
-load. Nothing here uses a collective, so a rank can write in a thread while it trains.
+load. Nothing that saves uses a collective, so a rank can write in a thread while it trains.
 
-Not covered: when a checkpoint counts as one (``checkpoint``), states of another optimiser.
+Not covered: when a checkpoint counts as one (``checkpoint``), states of another optimiser, 8-bit states that the ranks
+of today would cut otherwise.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from scope_opd.errors import RunFailed
+from scope_opd.errors import RunFailed, RunFolderError
 from scope_opd.ranks import Ranks
 from scope_opd.train.optim import Optimizer
 
@@ -148,6 +149,7 @@ class Shards:
 
         Raises:
             ValueError: names, shapes or dtypes of weights or states differ from this run's. Nothing was overwritten.
+            RunFolderError: states of 8 bits that so many ranks keep in full, or the other way round. The same.
         """
         reader = FileSystemReader(folder)
         metadata = reader.read_metadata()
@@ -155,6 +157,14 @@ class Shards:
         weights = {f"{WEIGHTS}{name}": tensor for name, tensor in trained_weights(self.model).items()}
         _refuse_others(weights, {name: about for name, about in saved.items() if name.startswith(WEIGHTS)})
         names = [name.removeprefix(STATES) for name in saved if name.startswith(STATES)]
+        if (odd := self.optimizer.cut_otherwise(names)) is not None:
+            wrote = len({name.split(".")[1] for name in saved if name.startswith("rng.")})
+            raise RunFolderError(
+                f"checkpoint {folder}: its 8-bit states of {odd} are cut as {wrote} ranks cut them, not as "
+                f"{self.ranks.world} do",
+                f"{wrote} ranks",
+                "start as many",
+            )
         states = self.optimizer.make_states(names) if names else {}
         target = weights | {f"{STATES}{name}": tensor for name, tensor in states.items()}
         _refuse_others(target, {name: about for name, about in saved.items() if name.startswith((WEIGHTS, STATES))})
