@@ -96,6 +96,19 @@ def test_a_deferred_model_s_weights_are_those_pages_of_the_file_that_all_process
     assert all(source.dtype == BF16 for source in sources)
 
 
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+def test_a_hub_id_is_deferred_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    place = tmp_path / "models--some--model"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("abc123")
+    path = saved(place / "snapshots" / "abc123", max_shard_size=size)
+    model = load_model("some/model", in_files=True)
+    assert deferred(model)
+    assert weights_digest(model) == weights_digest(load_model(path))
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
 def test_while_it_runs_one_layer_is_there_and_what_is_around_the_layers(tmp_path: Path, kind: str) -> None:
     tiny_model(kind, layers=5, dtype=BF16).save_pretrained(tmp_path)
