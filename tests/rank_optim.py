@@ -28,7 +28,7 @@ from scope_opd.config import TrainConfig
 from scope_opd.models.sharding import make_mesh, shard
 from scope_opd.ranks import Ranks
 from scope_opd.train.checkpoint import Checkpoints
-from scope_opd.train.optim import Optimizer
+from scope_opd.train.optim import Optimizer, _cpu_mesh
 from scope_opd.train.shards import Shards, rng_state
 from tiny import tiny_model
 
@@ -67,6 +67,18 @@ class Student(Trained):
         self.ranks = ranks
         ranks.register("update", self.update)
         ranks.register("whole", self.whole)
+        ranks.register("twin", self.twin)
+
+    def twin(self, _: None) -> None:
+        """The mesh that offloaded states of parameters on GPUs have deals them out as the parameters' own does."""
+        for parameter in self.model.parameters():
+            if isinstance(parameter, DTensor):
+                dealt = DTensor.from_local(
+                    parameter.detach().to_local(), _cpu_mesh(parameter.device_mesh), parameter.placements,
+                    run_check=False, shape=parameter.shape, stride=parameter.stride(),
+                )  # fmt: skip
+                assert dealt.__create_chunk_list__() == parameter.__create_chunk_list__()
+                assert torch.equal(dealt.full_tensor(), parameter.detach().full_tensor())
 
     def update(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -96,6 +108,7 @@ def load(student: Student, root: Path, *, exact: bool) -> None:
     assert found is not None
     student.store.load(found)
     assert same(student.everywhere("whole"), torch.load(root / "before.pt"))
+    student.everywhere("twin")
     student.everywhere("update", 3)
     now, then = student.everywhere("whole"), torch.load(root / "after.pt")
     assert now.keys() == then.keys()
