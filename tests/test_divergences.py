@@ -14,6 +14,7 @@ from torch import Tensor
 from scope_opd.models.head import HeadView, map_logits
 from scope_opd.objective.chunked import chunked_logprobs, chunked_topk
 from scope_opd.objective.divergences import (
+    BLOCKS,
     full_forward_kl,
     full_kl,
     jsd,
@@ -252,6 +253,24 @@ def test_by_chunks_from_a_head_as_from_full_logits(topk: Divergence, full: Diver
     left, right = (torch.autograd.grad(x.sum(), hidden)[0] for x in (chunked, whole))
     assert (left - right).norm() <= 1e-12 * right.norm()
     assert (value <= whole + 1e-7).all()
+
+
+@pytest.mark.parametrize("divergence", [full_kl, full_forward_kl, jsd])
+@pytest.mark.parametrize("block", [1, 3 * 50, 10_000])
+def test_no_cut_into_blocks_changes_a_bit(
+    divergence: Callable[..., Tensor], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, theirs = torch.randn(2, 10, 50, generator=torch.Generator().manual_seed(0)) * 4
+    found = []
+    for size in (2**19, block):
+        monkeypatch.setitem(BLOCKS, "cpu", size)
+        own = logits.clone().requires_grad_()
+        value = divergence(own, theirs)
+        value.square().sum().backward()
+        found.append((value.detach(), own.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert divergence(logits[:0], theirs[:0]).shape == (0,)
 
 
 def test_exact_kl_of_a_hand_worked_pair() -> None:

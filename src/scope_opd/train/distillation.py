@@ -39,8 +39,9 @@ EXACT: dict[str, Divergence] = {"full_kl": full_kl, "jsd": jsd}
 """Over the whole vocabulary."""
 TOPK: dict[str, Divergence] = {"topk_reverse_kl": topk_reverse_kl, "topk_forward_kl": topk_forward_kl}
 """Over the teacher's k likeliest ids and a tail."""
-CHUNK_LOGITS = 2**24
-"""Logits of a chunk at most, 64 MiB in float32; an exact divergence holds about a dozen tensors of that size."""
+CHUNK_LOGITS = 2**25
+"""Logits of a chunk at most, 128 MiB in float32; an exact divergence holds about six tensors of that size. Every chunk
+makes a gradient of the whole head, so that many small ones take longer."""
 RESOLUTION = 2.0**-23
 """Servers' log-probs are float32: a mass that is left below this is not told apart from none."""
 
