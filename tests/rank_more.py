@@ -343,7 +343,7 @@ def body_with_other_copy(name: str, rank: int) -> int:
 def refused(folder: Path) -> dict[str, Any]:
     found = {}
     for name in OTHERS:
-        codes = wait_all(fork_ranks(2, folder, partial(body_with_other_copy, name)), LIMIT_S)
+        codes = wait_all(fork_ranks(2, folder, partial(body_with_other_copy, name)), 90.0)
         found[name] = {"codes": codes, "lines": [text.strip().splitlines()[-1:] for text in texts(folder, 2)]}
     return found
 

@@ -22,7 +22,7 @@ EXACT = 1e-9
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    told: dict[str, dict[str, Any]] = program("rank_more", str(tmp_path_factory.mktemp("more")), limit_s=240)
+    told: dict[str, dict[str, Any]] = program("rank_more", str(tmp_path_factory.mktemp("more")), limit_s=400)
     return told
 
 
