@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,25 @@ from pydantic import BaseModel, ValidationError
 
 from scope_opd.config.schema import Config
 from scope_opd.errors import ConfigError
+from scope_opd.words import counted
+
+SHOWN = 120
+"""Characters of a wrong value that an error shows."""
+TABLE = "a table"
+WORDS = {
+    "bool_type": ("true or false", "true and false"),
+    "int_type": ("an integer", "integers"),
+    "int_from_float": ("an integer", "integers"),
+    "int_parsing_size": ("a smaller integer", "smaller integers"),
+    "float_type": ("a number", "numbers"),
+    "finite_number": ("a finite number", "finite numbers"),
+    "string_type": ("a string", "strings"),
+    "list_type": ("a list", "lists"),
+    "tuple_type": ("a list", "lists"),
+    "dict_type": (TABLE, "tables"),
+    "model_type": (TABLE, "tables"),
+}
+"""What pydantic misses, by its name of the complaint: of a value, of the elements of a list."""
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -99,14 +119,47 @@ def _explain(error: ValidationError) -> ConfigError:
         kind = "key" if location[:-1] else "table"
         remedy = f"did you mean {'.'.join([*location[:-1], close[0]])}?" if close else "remove it"
         return ConfigError(f"unknown {kind} {name}", f"one of {', '.join(sorted(known))}", remedy + also)
-    message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return ConfigError(message + also)
+        return ConfigError(problem["msg"].removeprefix("Value error, ") + also)
     if problem["type"] == "missing":  # only an element of a list can be missing: every key has a default
-        return ConfigError(f"{'.'.join(location[:-1])} = {problem['input']!r}", "more elements", f"add them{also}")
-    messages = [each["msg"].removeprefix("Input should be ").removeprefix("a valid ") for each in problems]
-    expected = " or ".join(dict.fromkeys(messages))
-    return ConfigError(f"{name} = {problem['input']!r}", expected, f"change {name}{also}")
+        return ConfigError(
+            f"{'.'.join(location[:-1])} = {_shown(problem['input'])}", "more elements", f"add them{also}"
+        )
+    wanted = [kind for each in problems for kind in _wanted(each, within=_is_element(each, place))]
+    *others, last = dict.fromkeys(wanted)
+    expected = f"{', '.join(others)} or {last}" if others else last
+    remedy = f"set its keys under [{name}]" if expected == TABLE else f"change {name}"
+    return ConfigError(f"{name} = {_shown(problem['input'])}", expected, remedy + also)
+
+
+def _wanted(problem: Any, *, within: bool = False) -> list[str]:
+    """What a value should have been, in a config's words: one or several, of which any would do.
+
+    Args:
+        problem: a complaint of pydantic's.
+        within: it is about an element, and the list is what is shown.
+    """
+    kind, limits = problem["type"], problem.get("ctx", {})
+    if kind == "literal_error":
+        return re.split(r", | or ", limits["expected"])
+    if kind in ("too_short", "too_long"):
+        count = limits.get("min_length", limits.get("max_length"))
+        return [f"a list of at {'least' if kind == 'too_short' else 'most'} {counted(count, 'element')}"]
+    one, several = WORDS.get(kind, (problem["msg"].removeprefix("Input should be "),) * 2)
+    if within:
+        return [f"a list of {several}" if kind in WORDS else f"a list of elements that are {one}"]
+    return ["true", "false"] if kind == "bool_type" else [one]
+
+
+def _is_element(problem: Any, place: Sequence[str]) -> bool:
+    """Whether it is about an element of the value at ``place``."""
+    return len(problem["loc"]) > len(place) and isinstance(problem["loc"][-1], int)
+
+
+def _shown(value: Any) -> str:
+    """A value as it may stand in one line."""
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({counted(len(text), 'character')})"
 
 
 def _place(location: Sequence[str]) -> tuple[str, ...]:

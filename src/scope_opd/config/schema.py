@@ -72,8 +72,8 @@ class Config(Table):
         ks = [2**i for i in range(evaluation.n.bit_length())]
         offered = [f"T{each:g}/{name}" for each in evaluation.temperatures
                    for name in ("avg@k", *(f"pass@k/{k}" for k in ks))]  # fmt: skip
-        if not (evaluation.every or evaluation.at_start or evaluation.at_end):
-            raise ValueError(f"run.keep_best = {wanted!r} without an evaluation; expected one; set eval.every")
         if f"T{temperature:g}/{figure}" not in offered:
             raise ValueError(f"run.keep_best = {wanted!r}; expected true or one of {', '.join(offered)}; change it")
+        if not (evaluation.every or evaluation.at_start or evaluation.at_end):
+            raise ValueError(f"run.keep_best = {wanted!r} without an evaluation; expected one; set eval.every")
         return temperature, figure
