@@ -10,6 +10,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +29,10 @@ from hypothesis import strategies as st
 
 from scope_opd.addresses import parse_base_url
 from scope_opd.cli import launch_plan
+from scope_opd.cli.checks import Finding
+from scope_opd.cli.doctor import diagnose
+from scope_opd.cli.launch_asks import asked_of, findings
+from scope_opd.cli.launch_command import check_routes
 from scope_opd.cli.launch_plan import Machine, Planned, complete, plan
 from scope_opd.cli.main import main
 from scope_opd.config import load_config
@@ -319,8 +324,95 @@ def test_print_shows_devices_and_commands_and_starts_nothing(
     assert captured.out.rstrip().endswith("--resume")
     assert KEY not in captured.out + captured.err
     assert [entry.name for entry in tmp_path.iterdir()] == ["my.toml"]
+    (line,) = [line for line in captured.out.splitlines() if "copy" in line]
+    folder = line.split()[1]
+    assert line.startswith(f"# {folder} is to be a copy of zoo:teacher, logits divided by 0.6: not there yet; scope ")
+    assert f"--model {folder} " in captured.out
+    Path(folder).mkdir(parents=True)
+    assert main(["launch", "my.toml", "--print", "--gpus", "4"]) == 0
+    assert f"# {folder} is the copy of zoo:teacher, logits divided by 0.6\n" in capsys.readouterr().out
     assert main(["launch", "my.toml", "--gpus", "4"]) == 2
     assert "add --print" in capsys.readouterr().err
+
+
+ROUTED = '[teacher]\nroute_by = "kind"\nmodel = "t"\n[teacher.routes.math]\nbase_urls = "http://127.0.0.1:{}/v1"\n'
+
+
+class TestRoutes:
+    def test_a_teacher_of_a_route_is_not_started_and_must_be_there_before_anything_else_is(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "my.toml"
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            path.write_text(ROUTED.format(listener.getsockname()[1]))
+            check_routes(load_config(path), path)
+        assert main(["launch", str(path), "--set", f"run.dir={tmp_path / 'run'}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: teacher.routes.math: nothing answers at http://127.0.0.1:")
+        assert "expected its server, which scope launch does not start" in line
+        assert line.endswith(f"start it first: scope serve teacher {path} --route math --set teacher.path=MODEL")
+        assert [entry.name for entry in tmp_path.iterdir()] == ["my.toml"]
+
+    def test_a_print_says_so_and_asks_nobody(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "my.toml").write_text(ROUTED.format(9))
+        assert main(["launch", str(tmp_path / "my.toml"), "--print", "--gpus", "1"]) == 0
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "warning: the teachers of teacher.routes (math) are not started here" in line
+        assert "--route NAME --set teacher.path=MODEL" in line
+
+
+class TestDoctor:
+    """What the machine has of what [launch] asks for. Stood in for: that there is a vLLM for CPUs here."""
+
+    @pytest.fixture
+    def config(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setattr("scope_opd.cli.serve_command.interpreter", lambda config, show: ("py", True))
+        monkeypatch.setattr("scope_opd.cli.serve_command.usable_cores", lambda: 4)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        path = tmp_path / "my.toml"
+        path.write_text(f'[run]\ndir = "{tmp_path / "run"}"\n')
+        return path
+
+    def finding(self, config: Path, *sets: str) -> Finding:
+        asked = asked_of(config, sets)
+        assert asked is not None
+        (found,) = findings(asked)
+        return found
+
+    def test_processes_are_counted_against_cores_and_gpus(self, config: Path) -> None:
+        fits = self.finding(config, "launch.trainer=2", "launch.samplers=1", "train.device=cpu")
+        assert (fits.level, fits.found) == ("ok", "2 ranks on the CPU, 1 sampler on the CPU")
+        many = self.finding(config, "launch.trainer=2", *SPLIT, "train.device=cpu")
+        assert (many.level, many.found.partition(": ")[2]) == ("warn", "6 processes on 4 cores")
+        none = self.finding(config, "launch.trainer=2", "train.device=cuda")
+        assert (none.level, none.found) == ("FAIL", "train.device = 'cuda' and no GPU is visible; expected a GPU")
+        one = self.finding(config, "launch.trainer=1", "train.device=cpu")
+        assert one.found == "1 rank on the CPU"
+
+    def test_gpus_that_are_not_there_are_named(self, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("scope_opd.cli.serve_command.interpreter", lambda config, show: ("py", False))
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        found = self.finding(config, "launch.trainer=1", *SPLIT)
+        assert (found.level, found.found) == (
+            "FAIL", "[launch] wants 5 GPUs (trainer 1, samplers 2, teachers 2) and 4 are visible; expected enough of "
+            "them",
+        )  # fmt: skip
+        there = self.finding(config, "launch.samplers=2", "launch.teachers=[3]")
+        assert there.found == "trainer on GPU 0, samplers on GPU 1, 2, teachers on GPU 3"
+
+    def test_a_config_that_launch_completes_is_diagnosed_as_completed_and_nobody_is_asked(self, config: Path) -> None:
+        sets = ["launch.samplers=1", "launch.teachers=1", "rollout.max_staleness=1", "rollout.max_tokens=32"]
+        sets += ["train.device=cpu"]
+        asked = asked_of(config, sets)
+        assert asked is not None
+        found = {finding.subject: finding for finding in diagnose(asked.config(), "my.toml", asked)}
+        assert {finding.subject for finding in found.values() if finding.level == "FAIL"} == set()
+        assert found["launch"].found == "1 rank on the CPU, 1 sampler on the CPU, 1 teacher on the CPU"
+        assert found["teacher"].found == "behind servers: those that scope launch starts, of zoo:teacher"
+        assert "tokenizers" in found
+        assert asked_of(config, ["train.device=cpu"]) is None
 
 
 class TestLogs:

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from scope_opd.cli.launch_asks import planned
 from scope_opd.cli.main import main
 from scope_opd.cli.plan import Machine, _student, hours, plan, read_config
 from scope_opd.config import Config, load_config, validate_config
 from scope_opd.errors import ConfigError
 from scope_opd.models.footprint import update_moments
-from scope_opd.models.memory import Layout, Updates
+from scope_opd.models.memory import Layout, Updates, largest
 from scope_opd.models.shapes import published_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,14 +195,97 @@ class TestPlan:
         with pytest.raises(ConfigError, match=r"hf download nobody/nothing config\.json"):
             read_config("nobody/nothing", None, False, "model.path")
 
+    def test_every_nth_of_fewer_layers_is_refused(self, folder: Path) -> None:
+        with pytest.raises(ConfigError, match=r"checkpointing = 5 and the student has 4 layers; .* from 1 to 4"):
+            plan(settings(folder, train={"activation_checkpointing": 5}), machine())
+        assert plan(settings(folder, train={"activation_checkpointing": 4}), machine()).failures == []
+
     @pytest.mark.parametrize("option", [["--gpus", "0"], ["--gpu-memory", "-1"], ["--utilisation", "2"]])
     def test_options_out_of_range_are_refused(self, option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["plan", str(ROOT / "configs" / "debug.toml"), *option]) == 2
         assert option[0] in capsys.readouterr().err
 
+    def test_a_plan_that_takes_a_while_says_so(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("scope_opd.cli.plan_command.PATIENCE_S", 0.01)
+        file = tmp_path / "a.toml"
+        file.write_text(f'[model]\npath = "{folder}"\n[objective]\nmethod = "grpo"\n', encoding="utf-8")
+        assert main(["plan", str(file), "--json", "--set", "rollout.max_tokens=64"]) == 0
+        captured = capsys.readouterr()
+        assert captured.err.splitlines()[-1].startswith("planning: ")
+        json.loads(captured.out)
+
     def test_the_zoo_is_planned_too(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["plan", str(ROOT / "configs" / "demo.toml"), "--gpu-memory", "16"]) == 0
         assert "fits:" in capsys.readouterr().out
+
+
+@given(st.integers(1, 1 << 20), st.integers(0, 50), st.integers(0, 1 << 20), st.integers(0, 1 << 21))
+def test_where_the_search_begins_is_of_no_consequence(fits: int, slope: int, bend: int, start: int) -> None:
+    def size(tokens: int) -> int:
+        return tokens + slope * max(tokens - bend, 0)
+
+    assert largest(size, size(fits), 1 << 20, start=start) == fits // 128 * 128
+
+
+def test_on_a_straight_line_a_known_size_three_more_are_enough() -> None:
+    calls: list[int] = []
+
+    def size(tokens: int) -> int:
+        calls.append(tokens)
+        return 7 * tokens + (1000 if tokens > 111 else 0)
+
+    assert largest(size, size(300_000), 1 << 20, start=16384) == 299_904
+    assert {*calls} == {300_000, 16384, 1 << 20, 299_904, 300_032}
+
+
+class TestWhatLaunchAsksFor:
+    def planned(self, tmp_path: Path, *sets: str, gpus: int | None = None) -> tuple[Config, int, list[str]]:
+        (tmp_path / "a.toml").write_text("", encoding="utf-8")
+        return planned(tmp_path / "a.toml", sets, gpus)
+
+    def test_ranks_and_servers_are_those_of_a_launch(self, tmp_path: Path) -> None:
+        config, ranks, lines = self.planned(
+            tmp_path, "launch.trainer=[0, 3]", "launch.samplers=4", "serving.student.tensor_parallel_size=2",
+            "launch.teachers=3",
+        )  # fmt: skip
+        assert (ranks, len(config.rollout.base_urls), len(config.teacher.base_urls), lines) == (2, 2, 3, [])
+        assert config.teacher.tokenizer == "zoo:teacher"
+        config, ranks, _ = self.planned(tmp_path, "rollout.colocated=true", "launch.trainer=6", "launch.teachers=2")
+        assert (ranks, len(config.rollout.base_urls), len(config.teacher.base_urls)) == (6, 6, 2)
+        config, ranks, _ = self.planned(tmp_path, "launch.trainer=2", "launch.samplers=2", "train.device=cpu")
+        assert (ranks, len(config.rollout.base_urls), config.teacher.served) == (2, 2, False)
+
+    def test_gpus_that_train_are_those_of_the_option_where_launch_names_none(self, tmp_path: Path) -> None:
+        assert self.planned(tmp_path, "launch.samplers=1", gpus=3)[1:] == (3, [])
+        _, ranks, (line,) = self.planned(tmp_path, "launch.samplers=1")
+        assert ranks == 1
+        assert line.startswith("launch.trainer is left out")
+        assert self.planned(tmp_path)[1:] == (1, [])
+        assert self.planned(tmp_path, "launch.ray.workers=5")[1:] == (5, [])
+        assert self.planned(tmp_path, "launch.ray.workers=5", gpus=2)[1] == 2
+
+    def test_what_contradicts_is_one_line(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"--gpus 3 and launch.trainer = 2; expected the same .*; leave --gpus"):
+            self.planned(tmp_path, "launch.trainer=2", gpus=3)
+        assert self.planned(tmp_path, "launch.trainer=2", gpus=2)[1] == 2
+        with pytest.raises(ConfigError, match=r"launch.samplers = 3 with a tensor_parallel_size of 2"):
+            self.planned(tmp_path, "launch.samplers=3", "serving.student.tensor_parallel_size=2")
+        with pytest.raises(ConfigError, match=r"launch.trainer = \[\]"):
+            self.planned(tmp_path, "launch.trainer=[]")
+
+    def test_the_command_plans_them(self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        file = tmp_path / "a.toml"
+        lines = ["[model]", f'path = "{folder}"', "[teacher]", f'path = "{folder}"', "[data]", "max_prompt_tokens = 64"]
+        lines += ["[rollout]", "max_tokens = 64", "[launch]", "trainer = 2", "samplers = 1", "teachers = 2"]
+        file.write_text("\n".join(lines), encoding="utf-8")
+        assert main(["plan", str(file), "--gpu-memory", "16", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["ranks"], found["gpus"]) == (2, 5)
+        assert {name: server["servers"] for name, server in found["servers"].items()} == {"sampler": 1, "teacher": 2}
+        assert main(["plan", str(file), "--gpus", "4"]) == 2
+        assert "launch.trainer = 2" in capsys.readouterr().err
 
 
 class TestSeveralRanks:

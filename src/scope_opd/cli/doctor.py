@@ -22,6 +22,7 @@ from scope_opd.words import counted
 if TYPE_CHECKING:
     from scope_opd.cli.checks import Finding, Level
     from scope_opd.cli.doctor_servers import Seen
+    from scope_opd.cli.launch_asks import Asked
     from scope_opd.config import Config
     from scope_opd.types import Prompt
 
@@ -54,9 +55,11 @@ def doctor(
     overrides
         TABLE.KEY=VALUE in place of what the file says; may be repeated.
     """
+    from scope_opd.cli.launch_asks import asked_of
     from scope_opd.config import load_config
 
-    settings = load_config(config, overrides or [])
+    asked = asked_of(config, overrides or [])
+    settings = load_config(config, overrides or []) if asked is None else asked.config()
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -68,7 +71,7 @@ def doctor(
     table.add_column("")
     table.add_column("found", overflow="fold")
     findings = []
-    for finding in diagnose(settings, str(config or "defaults")):
+    for finding in diagnose(settings, str(config or "defaults"), asked):
         findings.append(finding)
         found = Text(finding.found)
         if finding.remedy and finding.level != "ok":
@@ -81,14 +84,24 @@ def doctor(
     return 1 if failed else 0
 
 
-def diagnose(config: Config, name: str) -> Iterator[Finding]:
-    """All findings, in the order in which a run would meet them. A FAIL hides only what cannot be told without it."""
+def diagnose(config: Config, name: str, asked: Asked | None = None) -> Iterator[Finding]:
+    """All findings, in the order in which a run would meet them. A FAIL hides only what cannot be told without it.
+
+    Args:
+        config: of the run.
+        name: to call it by.
+        asked: what scope launch would start; its servers are not there yet, and are not visited.
+    """
+    from scope_opd.cli import launch_asks
     from scope_opd.cli.checks import Finding
     from scope_opd.cli.doctor_servers import Seen, visit_servers
 
     yield from environment(config)
     yield Finding("config", "ok", name)
     seen = Seen(config.data.max_prompt_tokens + config.rollout.max_tokens)
+    if asked is not None:
+        seen.to_start = asked.completed.invented
+        yield from launch_asks.findings(asked)
     try:
         yield from settings_and_data(config, seen)
     except ScopeError as error:
@@ -97,7 +110,7 @@ def diagnose(config: Config, name: str) -> Iterator[Finding]:
         yield from pair(config, seen)
     except ScopeError as error:
         yield _failure("models", error)
-    yield from visit_servers(config, seen)
+    yield from visit_servers(launch_asks.without(config, seen.to_start), seen)
 
 
 def environment(config: Config) -> Iterator[Finding]:
@@ -205,7 +218,9 @@ def pair(config: Config, seen: Seen) -> Iterator[Finding]:
     from scope_opd.cli.checks import Finding, free_memory, gigabytes
     from scope_opd.cli.ends import judge_ends, served_ends
     from scope_opd.cli.templates import compare_prompts
+    from scope_opd.models.checkpointing import check_setting
     from scope_opd.models.loading import end_token_ids, resolve_device
+    from scope_opd.models.watch import decoder_layers
 
     method = inputs.build_configured_method(config)
     with_teacher = inputs.needs_teacher(config, method)
@@ -215,12 +230,18 @@ def pair(config: Config, seen: Seen) -> Iterator[Finding]:
     parameters = sum(parameter.numel() for parameter in student.parameters())
     yield Finding("student", "ok", f"{config.model.path}: {_shape(student)}, {note}")
     yield checks.learning_rate(config, parameters)
+    try:
+        check_setting(config.train.activation_checkpointing, len(decoder_layers(student)))
+    except ScopeError as error:
+        yield _failure("checkpointing", error)
     tokenizer = inputs.student_tokenizer(config)
     ends = seen.ends = end_token_ids(student, tokenizer, config.chat.stop_token_ids)
     shapes: dict[str, tuple[int, Any]] = {"student": (parameters, student.config.get_text_config())}
     if with_teacher and config.teacher.served:
         urls = [*config.teacher.base_urls]
         urls += [url for route in config.teacher.routes.values() for url in route.base_urls]
+        if "teachers" in seen.to_start:
+            urls[: len(config.teacher.base_urls)] = [f"those that scope launch starts, of {config.teacher.path}"]
         yield Finding("teacher", "ok", f"behind servers: {', '.join(urls)}")
         if method.needs_teacher(True) or method.needs_teacher(False):
             servers.check_temperature(config, models.teacher_temperature(config))

@@ -50,6 +50,7 @@ class Seen:
         rows, prompts: of ``data.train``.
         student, teacher: models whose weights were loaded.
         ends: the student's end tokens.
+        to_start: which of [launch]'s "samplers" and "teachers" scope launch finds addresses for.
     """
 
     tokens: int
@@ -59,6 +60,7 @@ class Seen:
     student: PreTrainedModel | None = None
     teacher: PreTrainedModel | None = None
     ends: tuple[int, ...] = ()
+    to_start: frozenset[str] = frozenset()
 
 
 class Visit:

@@ -18,6 +18,7 @@ from scope_opd.words import counted
 
 if TYPE_CHECKING:
     from scope_opd.cli.launch_plan import Completed, Machine, Planned
+    from scope_opd.config import Config
     from scope_opd.serving.layout import Group
 
 EXAMPLES = """Examples:
@@ -78,6 +79,7 @@ def launch(
     if not show:
         check_early(settings, [settings.data.train, eval_source(settings)])
         check_run_folder(Path(settings.run.dir), resume=resume)
+        check_routes(settings, config)
     python, on_cpu = _interpreter(completed, show, gpus)
     planned = plan(
         config, given, completed, _machine(completed, on_cpu, gpus), python=python, on_cpu=on_cpu,
@@ -89,6 +91,30 @@ def launch(
         _show(planned)
         return 0
     return _run(planned)
+
+
+def check_routes(config: Config, path: Path) -> None:
+    """Nobody starts the teachers of [teacher.routes] here: those on this machine must be there already.
+
+    Raises:
+        ConfigError: one is not, and the run would only end once every other server has started.
+    """
+    import socket
+    from urllib.parse import urlsplit
+
+    from scope_opd.addresses import parse_base_url
+
+    for name, route in config.teacher.routes.items():
+        for url in filter(lambda each: parse_base_url(each).loopback, route.base_urls):
+            parts = urlsplit(url)
+            try:
+                socket.create_connection((parts.hostname or "", parts.port or 80), timeout=3).close()
+            except OSError:
+                raise ConfigError(
+                    f"teacher.routes.{name}: nothing answers at {url}",
+                    "its server, which scope launch does not start, since a config does not say which model it is",
+                    f"start it first: scope serve teacher {path} --route {name} --set teacher.path=MODEL",
+                ) from None
 
 
 def _interpreter(completed: Completed, show: bool, gpus: int | None) -> tuple[str, bool]:
@@ -166,6 +192,9 @@ def _show(planned: Planned) -> None:
 
     show_table(["process", "devices", "address"], _rows(planned), labels=1)
     for server in planned.servers:
-        print(f"\n# {server.label}\n{server.launch.shell()}")
+        print(f"\n# {server.label}")
+        if server.kind == "teacher" and planned.copy is not None:
+            print(f"# {planned.copy}")
+        print(server.launch.shell())
     world = len(planned.ranks)
     print(f"\n# {'trainer' if world == 1 else f'trainer, {world} ranks'}\n{planned.trainer}")

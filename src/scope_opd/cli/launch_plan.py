@@ -3,24 +3,25 @@
 The trainer reads the same config with the addresses as further overrides. Keys reach it, and the servers, through the
 environment alone.
 
-Not covered: starting and watching (``serving.supervise``), which GPU is whose (``serving.layout``), teachers of
-[teacher.routes] (a config does not say which models they are: ``scope serve`` starts them).
+Not covered: the trainer's processes (``launch_ranks``), starting and watching (``serving.supervise``), which GPU is
+whose (``serving.layout``), teachers of [teacher.routes] (a config does not say which models they are: ``scope serve``
+starts them).
 """
 
 from __future__ import annotations
 
 import json
 import secrets
-import shlex
 import subprocess
 import sys
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from scope_opd.addresses import parse_base_url
+from scope_opd.cli.launch_ranks import rank_processes, shell_command, trainer_environment
 from scope_opd.config import Config, load_config, read_values
 from scope_opd.errors import ConfigError
 
@@ -37,11 +38,6 @@ KINDS: tuple[tuple[Literal["student", "teacher"], str, str, str], ...] = (
 """What is served, its table, its key in [launch], and what a server of it is called."""
 KEY_VARIABLES = {"rollout": "SCOPE_SAMPLER_KEY", "teacher": "SCOPE_TEACHER_KEY"}
 """Where a key is found, or put, that the config names no place for."""
-OF_RANKS = (
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
-    "TORCHELASTIC_USE_AGENT_STORE",
-)  # fmt: skip
-"""What torchrun tells its processes. Another launcher's would mislead ours."""
 _PLACEHOLDER = "http://127.0.0.1:9/v1"
 
 
@@ -71,6 +67,7 @@ class Planned:
         servers, ranks: in the layout's order.
         trainer: the command of all ranks together, for a shell.
         hide: every key.
+        copy: a line on the copy of the teacher that is served in its place; None where it is served itself.
         warnings: lines worth showing before the start.
     """
 
@@ -81,6 +78,7 @@ class Planned:
     ranks: tuple[Rank, ...]
     trainer: str
     hide: tuple[Secret, ...]
+    copy: str | None
     warnings: tuple[str, ...]
 
     def visible(self, group: Group) -> str:
@@ -185,7 +183,7 @@ def plan(
     from scope_opd.serving.process import free_ports
 
     first, more, invented = completed.config, [*completed.more], completed.invented
-    layout = _layout(first, machine, invented, on_cpu=on_cpu)
+    layout = lay_out(first, machine, invented, on_cpu=on_cpu)
     groups = {"samplers": layout.samplers, "teachers": layout.teachers}
     port = first.launch.ports if isinstance(first.launch.ports, int) else None
     taken = {urlsplit(url).port for _, table, _, _ in KINDS for url in getattr(first, table).base_urls}
@@ -194,26 +192,33 @@ def plan(
             ports = free_ports(len(groups[setting]), port, taken={number for number in taken if number is not None})
             port = port + len(ports) if port is not None else None
             taken |= {*ports}
-            more.append(_override(f"{table}.base_urls", [f"http://127.0.0.1:{each}/v1" for each in ports]))
+            more.append(address_override(table, ports))
     overrides = [*given, *more]
     config = load_config(path, overrides)
     _check_ipc(config, layout)
     threads = config.launch.threads or max(1, machine.cores // layout.processes)
-    servers, keys, warnings = _servers(config, layout, machine, threads, python=python, on_cpu=on_cpu, write=write)
+    servers, keys, copy, warnings = _servers(
+        config, layout, machine, threads, python=python, on_cpu=on_cpu, write=write
+    )
     words = [sys.executable, "-m", "scope_opd", "train", str(path)]
     words += [word for override in overrides for word in ("--set", override)] + [*options]
-    shared = _trainer_environment(config, layout, machine, threads)
-    ranks = _ranks(
+    shared = trainer_environment(config, layout, machine, threads)
+    ranks = rank_processes(
         words, {**machine.shell, **shared, **{name: key.reveal() for name, key in keys.items()}}, layout, taken
     )
     used = {gpu for group in (*layout.trainer, *layout.samplers, *layout.teachers) for gpu in group}
     idle = [name for number, name in enumerate(machine.gpus) if number not in used]
     if used and idle:
         warnings.append(f"not used: GPU {', '.join(idle)}")
-    if routes := ", ".join(config.teacher.routes):
-        warnings.append(f"the teachers of teacher.routes ({routes}) are not started here: scope serve teacher --route")
+    if config.teacher.routes:
+        warnings.append(
+            f"the teachers of teacher.routes ({', '.join(config.teacher.routes)}) are not started here, since a config "
+            f"does not say which models they are; expected them at their base_urls; start each with "
+            f"scope serve teacher {path} --route NAME --set teacher.path=MODEL"
+        )
     hide = tuple(keys.values()) + tuple(server.key for server in servers if server.key is not None)
-    return Planned(config, layout, machine, servers, ranks, _shell(words, shared, layout), hide, tuple(warnings))
+    trainer = shell_command(words, shared, layout)
+    return Planned(config, layout, machine, servers, ranks, trainer, hide, copy, tuple(warnings))
 
 
 def _teacher_temperature(config: Config) -> float:
@@ -226,7 +231,12 @@ def _teacher_temperature(config: Config) -> float:
     return config.rollout.temperature if method.needs_teacher(True) or method.needs_teacher(False) else 1.0
 
 
-def _layout(config: Config, machine: Machine, invented: Set[str], *, on_cpu: bool) -> Layout:
+def lay_out(config: Config, machine: Machine, invented: Set[str], *, on_cpu: bool) -> Layout:
+    """Whose GPU is which. Args: as for ``plan``; ``invented`` is that of ``Completed``.
+
+    Raises:
+        ConfigError: it cannot be done.
+    """
     from scope_opd.serving.layout import Part, assign
 
     device, asked = config.train.device, config.launch
@@ -270,14 +280,15 @@ def _check_ipc(config: Config, layout: Layout) -> None:
 
 def _servers(
     config: Config, layout: Layout, machine: Machine, threads: int, *, python: str, on_cpu: bool, write: bool
-) -> tuple[tuple[Server, ...], dict[str, Secret], list[str]]:
-    """The servers; the keys that the trainer finds in its environment; warnings."""
+) -> tuple[tuple[Server, ...], dict[str, Secret], str | None, list[str]]:
+    """The servers; the keys that the trainer finds in its environment; on the teacher's copy; warnings."""
     from scope_opd.cli.serve_command import describe, tempered
     from scope_opd.serving.launch import plan_launch
     from scope_opd.serving.supervise import Server
 
     found: list[Server] = []
     keys: dict[str, Secret] = {}
+    copy: str | None = None
     warnings: list[str] = []
     for kind, name, setting, label in KINDS:
         groups = layout.samplers if setting == "samplers" else layout.teachers
@@ -290,7 +301,9 @@ def _servers(
         served = describe(config, kind)
         if kind == "teacher":
             folder, _ = tempered(config, served, _copy_temperature(config, served.model), write=write)
-            served = served if folder is None else replace(served, model=str(folder), revision=None)
+            if folder is not None:
+                copy = _about_copy(config, folder)
+                served = replace(served, model=str(folder), revision=None)
         urls = [url for url in table.base_urls if url in _local(table.base_urls)]
         for number, (group, url) in enumerate(zip(groups, urls, strict=True)):
             launch = plan_launch(
@@ -299,7 +312,7 @@ def _servers(
             )  # fmt: skip
             warnings += [line for line in launch.warnings if line not in warnings]
             found.append(Server(label, f"{label} {number}", _on(launch, group, machine), key))
-    return tuple(found), keys, warnings
+    return tuple(found), keys, copy, warnings
 
 
 def _copy_temperature(config: Config, folder: str) -> float | None:
@@ -308,6 +321,17 @@ def _copy_temperature(config: Config, folder: str) -> float | None:
 
     wanted = config.teacher.served_temperature
     return None if wanted == served_temperature(folder) else wanted
+
+
+def _about_copy(config: Config, folder: Path) -> str:
+    """What the folder is that a teacher's server is given, and who makes it."""
+    made, wanted = folder.is_dir(), config.teacher.served_temperature
+    about = f"{folder} is {'the' if made else 'to be a'} copy of {config.teacher.path}, logits divided by {wanted:g}"
+    if made:
+        return about
+    return (
+        f"{about}: not there yet; scope launch makes it before it starts, and so does scope serve teacher --temperature"
+    )
 
 
 def _on(launch: Launch, group: Group, machine: Machine) -> Launch:
@@ -329,53 +353,6 @@ def _key(env: str | None, file: str | None, setting: str, shell: Mapping[str, st
     return key
 
 
-def _trainer_environment(config: Config, layout: Layout, machine: Machine, threads: int) -> dict[str, str]:
-    """What every rank's environment has besides the shell's, without keys."""
-    values = {"PYTHONUNBUFFERED": "1"}
-    if config.launch.threads or config.train.threads or "OMP_NUM_THREADS" not in machine.shell:
-        values["OMP_NUM_THREADS"] = str(config.train.threads or threads)
-    if layout.trainer[0]:
-        values["CUDA_VISIBLE_DEVICES"] = ",".join(machine.gpus[gpu] for group in layout.trainer for gpu in group)
-    if len(layout.trainer) > 1 and sys.platform.startswith("linux") and "GLOO_SOCKET_IFNAME" not in machine.shell:
-        values["GLOO_SOCKET_IFNAME"] = "lo"  # all ranks are here: nothing of theirs is to be heard elsewhere
-    return values
-
-
-def _ranks(
-    words: Sequence[str], environment: dict[str, str], layout: Layout, taken: Collection[int | None]
-) -> tuple[Rank, ...]:
-    """The ranks' processes, told what torchrun would tell them. torchrun itself would end with 1 whatever they end
-    with, and kill them half a minute after a Ctrl-C, in the midst of a checkpoint."""
-    from scope_opd.serving.process import free_ports
-    from scope_opd.serving.supervise import Rank
-
-    world = len(layout.trainer)
-    environment = {name: value for name, value in environment.items() if name not in OF_RANKS}
-    if world == 1:
-        return (Rank("trainer", tuple(words), environment),)
-    shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-    shared["MASTER_PORT"] = str(free_ports(1, taken={port for port in taken if port is not None})[0])
-    return tuple(
-        Rank(f"rank {rank}", tuple(words), {**environment, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(world)
-    )
-
-
-def _shell(words: Sequence[str], environment: Mapping[str, str], layout: Layout) -> str:
-    """The trainer as a command for a shell: several ranks as torchrun starts them."""
-    start = [words[0], "-m"]
-    if len(layout.trainer) > 1:
-        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(len(layout.trainer)), "-m"]
-    lines = [" ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())]
-    lines.append(shlex.join([*start, *words[2:5]]))
-    rest = list(words[5:])
-    while rest:  # an option and its value share a line
-        count = 2 if rest[0] == "--set" else 1
-        lines.append(shlex.join(rest[:count]))
-        del rest[:count]
-    return " \\\n  ".join(lines)
-
-
 def _local(urls: Sequence[str]) -> list[str]:
     return [url for url in urls if parse_base_url(url).loopback]
 
@@ -386,6 +363,11 @@ def _any_local(urls: Any) -> bool:
         return bool(_local([urls] if isinstance(urls, str) else urls))
     except (TypeError, AttributeError, ValueError):
         return False
+
+
+def address_override(table: str, ports: Sequence[int]) -> str:
+    """Servers of this machine as an override."""
+    return _override(f"{table}.base_urls", [f"http://127.0.0.1:{port}/v1" for port in ports])
 
 
 def _override(name: str, value: Any) -> str:

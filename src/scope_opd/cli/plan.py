@@ -89,6 +89,7 @@ def plan(config: Config, machine: Machine, *, mean_response: int | None = None) 
     """
     from scope_opd.cli.inputs import build_configured_method, needs_teacher
     from scope_opd.cli.plan_servers import plan_servers
+    from scope_opd.models.checkpointing import check_setting
     from scope_opd.models.footprint import shape_of
     from scope_opd.models.loading import context_length
     from scope_opd.models.memory import Updates
@@ -97,6 +98,7 @@ def plan(config: Config, machine: Machine, *, mean_response: int | None = None) 
     layout = machine.layout(config)
     student = _student(config)
     found.shapes["student"] = student.shape
+    check_setting(config.train.activation_checkpointing, student.shape.layers)
     method = build_configured_method(config)
     teacher = _teacher_config(config, found) if needs_teacher(config, method) else None
     if teacher is not None:
@@ -299,7 +301,9 @@ def _largest(
     from scope_opd.models.memory import largest
 
     room = machine.memory - machine.reserve
-    found.largest_microbatch = largest(lambda tokens: updates.stage(tokens).total, room, CEILING)
+    found.largest_microbatch = largest(
+        lambda tokens: updates.stage(tokens).total, room, CEILING, start=found.microbatch
+    )
     prompt = config.data.max_prompt_tokens
     responses = {"the update": found.largest_microbatch - prompt}
     responses |= {f"the {name}": limit - prompt for name, limit in limits.items() if limit is not None}

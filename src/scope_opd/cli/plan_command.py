@@ -5,7 +5,11 @@ Not covered: speed, apart from FLOPs.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
+import threading
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,13 +31,15 @@ EXAMPLES = """Examples:
 
 RESERVE_GB = 2.0
 UTILISATION = 0.2
+PATIENCE_S = 3.0
+"""Seconds after which a plan that is still being made says so."""
 
 
 def plan(
     config: Path,
     /,
     *,
-    gpus: int = 1,
+    gpus: int | None = None,
     gpu_memory: float = 80.0,
     machine_gpus: int = 8,
     reserve: float = RESERVE_GB,
@@ -55,7 +61,8 @@ def plan(
     config
         The TOML file of a run.
     gpus
-        GPUs that train. Servers have their own, unless rollout.colocated.
+        GPUs that train, in place of launch.trainer (1 where nothing says how many).
+        Servers have their own, unless rollout.colocated.
     gpu_memory
         Memory of one GPU, in GB (1e9 bytes).
     machine_gpus
@@ -74,36 +81,51 @@ def plan(
     overrides
         TABLE.KEY=VALUE in place of what the file says; may be repeated.
     """
-    from scope_opd.config import load_config
+    from scope_opd.cli.launch_asks import planned
 
-    for option, value, right in (
-        ("--gpus", gpus, gpus >= 1),
-        ("--machine-gpus", machine_gpus, machine_gpus >= 1),
-        ("--gpu-memory", gpu_memory, 0 < gpu_memory < 1e5),
-        ("--reserve", reserve, 0 <= reserve < gpu_memory),
-        ("--mean-response", mean_response, mean_response is None or mean_response >= 1),
-        ("--tflops", tflops, tflops is None or 0 < tflops < 1e6),
-        ("--utilisation", utilisation, 0 < utilisation <= 1),
+    for option, value, right, expected in (
+        ("--gpus", gpus, gpus is None or gpus >= 1, "a number from 1"),
+        ("--machine-gpus", machine_gpus, machine_gpus >= 1, "a number from 1"),
+        ("--gpu-memory", gpu_memory, 0 < gpu_memory < 1e5, "GB above 0"),
+        ("--reserve", reserve, 0 <= reserve < gpu_memory, f"GB from 0, and less than --gpu-memory {gpu_memory:g}"),
+        ("--mean-response", mean_response, mean_response is None or mean_response >= 1, "a number from 1"),
+        ("--tflops", tflops, tflops is None or 0 < tflops < 1e6, "TFLOP/s above 0"),
+        ("--utilisation", utilisation, 0 < utilisation <= 1, "a share above 0, up to 1"),
     ):
         if not right:
-            raise ConfigError(f"{option} {value}", "a number in its range", f"see scope plan --help for {option}")
-    settings = load_config(config, overrides or [])
+            raise ConfigError(f"{option} {value}", expected, f"change {option}")
+    settings, ranks, lines = planned(config, overrides or [], gpus)
     from scope_opd.cli.plan import Machine
     from scope_opd.cli.plan import plan as find
 
-    machine = Machine(gpus, int(gpu_memory * 1e9), int(reserve * 1e9), machine_gpus)
-    found = find(settings, machine, mean_response=mean_response)
+    machine = Machine(ranks, int(gpu_memory * 1e9), int(reserve * 1e9), machine_gpus)
+    with _patience():
+        found = find(settings, machine, mean_response=mean_response)
+    found.warnings[:0] = lines
     figures = as_figures(settings, machine, found)
     if tflops is not None:
         from scope_opd.cli.plan import hours
 
-        figures["hours_a_step"] = hours(found, gpus, tflops, utilisation)
+        figures["hours_a_step"] = hours(found, ranks, tflops, utilisation)
         figures["hours_assume"] = {"peak_tflops": tflops, "utilisation": utilisation}
     if as_json:
         print(json.dumps(figures, indent=1))
     else:
         _show(str(config), machine, found, figures)
     return 1 if found.failures else 0
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """A line on stderr if what is within takes a while."""
+    line = "planning: the student's passes are traced layer by layer; large models may take half a minute"
+    timer = threading.Timer(PATIENCE_S, lambda: print(line, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def as_figures(config: Config, machine: Machine, found: Plan) -> dict[str, Any]:

@@ -196,9 +196,10 @@ class TrainConfig(Table):
     there; float32 keeps fp32 master weights (bf16 autocast on a GPU).
 
     ``activation_checkpointing``: which decoder layers the backward pass computes again instead of keeping their
-    activations: none ("off"), all ("full"), every n-th (n), or all, with their inputs in CPU memory until then
-    ("offload"). ``optimizer``: "adamw_8bit" keeps its states in 8 bits (torchao's, the extra ``low-bit``); "muon" takes
-    the hidden matrices, AdamW the rest. ``offload = "optimizer"``: AdamW has its states, and steps, in CPU memory.
+    activations: none ("off"), all ("full"), every n-th (n, at most the number of layers), or all, with their inputs in
+    CPU memory until then ("offload"). ``optimizer``: "adamw_8bit" keeps its states in 8 bits (torchao's, the extra
+    ``low-bit``); "muon" takes the hidden matrices, AdamW the rest. ``offload = "optimizer"``: AdamW has its states, and
+    steps, in CPU memory.
     ``threads``: torch intra-op threads; None leaves torch's choice.
 
     With several ranks (torchrun) weights, gradients and optimiser states are dealt to all of them (``shard = "full"``),
@@ -304,7 +305,7 @@ class RunConfig(Table):
     seed: Seed = 0
     checkpoint_every: NonNegativeInt = 50
     keep_last: PositiveInt = 2
-    keep_best: bool | Annotated[str, Field(pattern=r"^(T[0-9.]+/)?(avg@k|pass@k/[0-9]+)$")] = False
+    keep_best: bool | str = False
     async_checkpoints: bool = True
     rollouts_logged: NonNegativeInt = 16
     export: bool = True

@@ -23,7 +23,9 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from scope_opd.errors import ConfigError
 from scope_opd.models.watch import decoder_layers
+from scope_opd.words import counted
 
 Setting = Literal["off", "full", "offload"] | int
 """``train.activation_checkpointing``."""
@@ -41,6 +43,23 @@ def recomputed(index: int, setting: Setting) -> bool:
 def recomputed_share(layers: int, setting: Setting) -> float:
     """Share of the layers that are computed again."""
     return sum(recomputed(index, setting) for index in range(layers)) / layers
+
+
+def check_setting(setting: Setting, layers: int) -> None:
+    """Refuse what means nothing to a model: every n-th of fewer than n layers.
+
+    Args:
+        setting: of ``train.activation_checkpointing``.
+        layers: of the model.
+
+    Raises:
+        ConfigError: there are fewer layers.
+    """
+    if isinstance(setting, int) and setting > layers:
+        raise ConfigError(
+            f"train.activation_checkpointing = {setting} and the student has {counted(layers, 'layer')}",
+            f"every n-th of them, n from 1 to {layers}", "lower it, or set 'full' or 'off'",
+        )  # fmt: skip
 
 
 def set_checkpointing(model: PreTrainedModel, setting: Setting, *, keep: Keep | None = None) -> None:

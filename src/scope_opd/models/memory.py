@@ -257,14 +257,20 @@ def scoring_stage(
     return Stage("scoring", resident(student, layout, frozen) | {"teacher's pass": sum(parts.values())}, moment)
 
 
-def largest(size: Callable[[int], int], room: int, ceiling: int, step: int = 128) -> int:
+def largest(size: Callable[[int], int], room: int, ceiling: int, step: int = 128, start: int = 0) -> int:
     """The largest multiple of ``step`` up to ``ceiling`` whose ``size`` is at most ``room``; 0 where none is.
 
     ``size`` must never fall. It is called seldom, for it is nearly a straight line: the line through the bracket's ends
     says where to look, its neighbour whether that was the end. Where it bends, every other round takes the middle too.
+    ``start``: where the bracket may begin, because its size is known already; of no consequence for what is found.
     """
-    low, high = 1, ceiling // step
-    at_low, at_high = size(low * step), size(high * step)
+    high = ceiling // step
+    low = min(max(start // step, 1), high)
+    at_low = size(low * step)
+    if at_low > room and low > 1:
+        low, high, at_low, at_high = 1, low, size(step), at_low
+    else:
+        at_high = size(high * step)
     if at_high <= room:
         return high * step
     if at_low > room:

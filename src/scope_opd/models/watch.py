@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -70,6 +71,8 @@ class Watch(TorchDispatchMode):
         return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked twice for every operation; it makes nothing
         if func is torch.ops.aten.add.Tensor and not self._stack and isinstance(args[0], Tensor) and _unshared(args[0]):
             # Autograd adds a second gradient to the first in place, but not while a dispatch mode looks on.
             self._gone(args[0].untyped_storage()._cdata)
