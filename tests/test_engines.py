@@ -201,6 +201,34 @@ def test_kd_draws_only_what_the_student_has_a_row_for(pair: Path, tmp_path: Path
     assert train(config, built.engines, progress=False).steps == 2
 
 
+class Leading:
+    """The first of two ranks, the other of which is not there."""
+
+    world, rank, local_rank, leads = 2, 0, 0, True
+
+    def register(self, name: str, job: Any) -> None: ...
+
+    def meet(self, value: Any = None) -> Any:
+        return value
+
+
+@pytest.mark.parametrize(
+    ("settings", "copies"),
+    [("objective.method=kd", 0), ("objective.method=kd eval.at_end=true data.eval={rows}", 1), ("", 1)],
+)
+def test_with_several_ranks_a_plain_copy_of_the_student_is_kept_where_something_decodes_with_it(
+    settings: str, copies: int, pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    real = engines.plain_student
+    monkeypatch.setattr(engines, "plain_student", lambda *given: made.append(real(*given)) or made[-1])
+    words = settings.format(rows=pair / "rows.jsonl").split()
+    built = build_engines(configured(pair, *words), ranks=Leading()).engines  # type: ignore[arg-type]
+    assert len(made) == copies
+    assert (built.trainee is None) == (copies == 0)
+    assert built.model is (made[0] if copies else built.trained)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

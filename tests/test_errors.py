@@ -94,6 +94,9 @@ CASES: dict[str, Case] = {
     "config is not UTF-8": Case("train {tmp}/c.toml", ("c.toml", "UTF-8", "re-save"), {"c.toml": b"# \xff"}),
     "unknown table": Case("train {tmp}/c.toml", ("table trian", "one of", "mean train?"), {"c.toml": "[trian]"}),
     "unknown key": train("objective.tua=1", words=("objective.tua", "one of", "did you mean objective.tau?")),
+    "number for a table": train(
+        "model.lora=4", words=("model.lora = 4", "a table", "set its keys under [model.lora]")
+    ),
     "wrong type": train("train.steps='many'", words=("train.steps = 'many'", "integer", "change train.steps")),
     "tau is zero": train("objective.tau=0", words=("objective.tau = 0", "greater than 0", "change")),
     "tau is negative": train("objective.tau=-1.0", words=("objective.tau = -1.0", "greater than 0", "change")),
@@ -112,6 +115,10 @@ CASES: dict[str, Case] = {
     ),
     "exact KL without distillation": train(
         "objective.method=grpo", "objective.distill=full_kl", words=("full_kl", "distils", "sampled")
+    ),
+    "every n-th of fewer layers": train(
+        "train.activation_checkpointing=99",
+        words=("train.activation_checkpointing = 99", "the student has 2 layers", "from 1 to 2", "lower it"),
     ),
     "unknown tracker": train("run.trackers=['tensorbored']", words=("run.trackers", "tensorboard", "change")),
     "no such device": train("train.device=abacus", words=("abacus", "cpu", "train.device")),
@@ -247,6 +254,18 @@ CASES: dict[str, Case] = {
     "demo over a file": Case("demo --out {tmp}/f", ("is a file", "a folder", "--out"), {"f": "mine"}),
     "demo without seeds": Case("demo --seeds 0", ("--seeds 0", "at least 1", "leave it out")),
     "zoo over somebody's files": Case("zoo copy {tmp}", ("exists", "empty", "name another"), {"notes.txt": "mine"}),
+    "plan for no GPU": Case("plan {tmp}/c.toml --gpus 0", ("--gpus 0", "from 1", "change --gpus"), {"c.toml": ""}),
+    "plan without memory": Case(
+        "plan {tmp}/c.toml --gpu-memory 0", ("--gpu-memory 0", "GB above 0", "change"), {"c.toml": ""}
+    ),
+    "plan with all memory reserved": Case(
+        "plan {tmp}/c.toml --gpu-memory 2", ("--reserve 2", "less than --gpu-memory 2", "change"), {"c.toml": ""}
+    ),
+    "export of a step below 0": Case("export {tmp} --step -1 --out {tmp}/o", ("--step -1", "from 0", "name the step")),
+    "export over a file": Case("export {tmp} --out {tmp}/f", ("f is a file", "not exist yet", "choose"), {"f": "mine"}),
+    "export under a file": Case(
+        "export {tmp} --out {tmp}/f/o", ("o is under a file", "can be made", "choose"), {"f": "mine"}
+    ),
     "doctor of a bad config": Case("doctor {tmp}/c.toml", ("trian", "one of", "mean train?"), {"c.toml": "[trian]"}),
 }  # fmt: skip
 

@@ -91,6 +91,8 @@ def test_the_newest_is_exported_as_the_run_itself_did(run: Any, tmp_path: Path) 
         (["{tmp}"], "has no checkpoint"),
         (["{run}/checkpoints/step-000004", "--best"], "is a checkpoint"),
         (["{run}", "--out", "{run}"], "is not empty"),
+        (["{run}", "--out", "{run}/run.json"], "run.json is a file; expected a folder that does not exist yet"),
+        (["{run}", "--step", "-1"], "--step -1; expected a number from 0; name the step of a checkpoint"),
     ],
 )
 def test_what_cannot_be_exported_is_one_line(

@@ -52,8 +52,10 @@ from scope_opd.data.prompts import PromptSchedule
 from scope_opd.errors import ConfigError
 from scope_opd.evaluate.run import evaluate, evaluation_seed
 from scope_opd.models.adapters import add_adapters
+from scope_opd.models.checkpointing import check_setting
 from scope_opd.models.fingerprint import weights_digest
 from scope_opd.models.loading import end_token_ids, resolve_device
+from scope_opd.models.watch import decoder_layers
 from scope_opd.objective.methods import Method
 from scope_opd.ranks import Ranks
 from scope_opd.rollout.local import LocalSampler
@@ -172,6 +174,7 @@ def _build_engines(config: Config, commits: Mapping[str, str], ranks: Ranks, und
 
     verifier, distinct_key = build_verifier(config, [*train_prompts, *eval_prompts])
     student = load_trainee(config, device, ranks)
+    check_setting(config.train.activation_checkpointing, len(decoder_layers(student)))
     fingerprints: dict[str, Any] = {"student": {"weights": weights_digest(student)}}
     add_adapters(student, config.model.lora, seed=config.run.seed)  # before anything takes it apart
     ends = end_token_ids(student, tokenizer, config.chat.stop_token_ids)
@@ -187,15 +190,17 @@ def _build_engines(config: Config, commits: Mapping[str, str], ranks: Ranks, und
         stop_token_ids=ends,
         seed=config.run.seed,
     )
-    # With several ranks the student that is trained is sharded, and a plain copy decodes and is published.
-    plain, plain_autocast = (student, autocast) if ranks.world == 1 else (plain_student(config, device), None)
-    sampler: Sampler
+    # With several ranks the student that is trained is sharded, and a plain copy decodes and is published, if anything.
+    plain, plain_autocast = student, autocast
+    if ranks.world > 1 and (method.sampled_by == "student" or eval_prompts):
+        plain, plain_autocast = plain_student(config, device), None
+    sampler: Sampler | None = None
     publisher = None
     if sampled is not None:
         sampler = samplers.served_sampler(sampled, tokenizer, head_rows(student))
         publisher = samplers.publisher(config, sampled, plain, tokenizer, plain_autocast)
         undo.callback(publisher.close)
-    else:
+    elif method.sampled_by == "student":
         sampler = _shared(
             LocalSampler(plain, tokenizer, max_rows=config.rollout.max_rows, autocast=plain_autocast), ranks, TRAIN
         )
@@ -231,6 +236,7 @@ def _build_engines(config: Config, commits: Mapping[str, str], ranks: Ranks, und
                 stop_token_ids=tuple(sorted({*ends, *teacher_ends})),
             )
         scorer = local_teacher(config, teacher, judged)
+    assert sampler is not None, "where the student does not sample, a teacher does"
     warnings += checks.enforce(findings)
     shared = SharedTeacher(scorer, ranks) if isinstance(scorer, LocalTeacher) and ranks.world > 1 else scorer
     pipeline = build_pipeline(config, method, sampler, verifier, shared, schedule)

@@ -57,8 +57,15 @@ def export(
     from scope_opd.train.shards import load_weights
 
     source, out = source.expanduser(), out.expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if step is not None and step < 0:
+        raise ConfigError(f"--step {step}", "a number from 0", "name the step of a checkpoint")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file", "a folder that does not exist yet", "choose another")
+    if out.exists() and any(out.iterdir()):
         raise ConfigError(f"--out {out} is not empty", "a folder that does not exist yet", "choose another")
+    above = next(place for place in out.absolute().parents if place.exists())
+    if not above.is_dir():
+        raise ConfigError(f"--out {out} is under a file, {above}", "a folder that can be made", "choose another")
     run, folder = find_checkpoint(source, best=best, step=step)
     try:
         checkpoint = read_checkpoint(folder)
