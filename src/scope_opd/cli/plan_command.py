@@ -118,7 +118,7 @@ def plan(
 @contextlib.contextmanager
 def _patience() -> Iterator[None]:
     """A line on stderr if what is within takes a while."""
-    line = "planning: the student's passes are traced layer by layer; large models may take half a minute"
+    line = "planning: the student's passes are run on tensors without data; large models may take half a minute"
     timer = threading.Timer(PATIENCE_S, lambda: print(line, file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()
