@@ -338,6 +338,18 @@ class TestArithmetic:
         assert found == fits // 128 * 128
         assert len(calls) <= 2 + 5 * 14
 
+    def test_states_in_8_bits_are_those_whose_shares_are_whole_blocks(self) -> None:
+        config = Qwen3Config(**{**SIZES, "hidden_size": 896})  # rows are whole blocks where there are two of them
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        for shards in (1, 2, 3, 4):
+            matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+            shares = [[rows.numel() for rows in matrix.chunk(shards)] for matrix in matrices]
+            whole = [all(size % 256 == 0 and size >= 4096 for size in of) for of in shares]
+            expected = sum(matrix.numel() for matrix, yes in zip(matrices, whole, strict=True) if yes)
+            assert shape_of(config, shards=shards).block_parameters == expected
+            assert shards == 3 or expected > 0
+
     def test_forward_flops_of_short_sequences_are_two_a_weight(self) -> None:
         shape = shape_of(published_config("Qwen/Qwen3-8B"))
         assert forward_flops(shape, 1) == pytest.approx(2 * shape.matrix_parameters, rel=1e-4)

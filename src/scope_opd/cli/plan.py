@@ -96,7 +96,7 @@ def plan(config: Config, machine: Machine, *, mean_response: int | None = None) 
 
     found = Plan()
     layout = machine.layout(config)
-    student = _student(config)
+    student = _student(config, layout.shards)
     found.shapes["student"] = student.shape
     check_setting(config.train.activation_checkpointing, student.shape.layers)
     method = build_configured_method(config)
@@ -203,7 +203,7 @@ def read_config(path: str, revision: str | None, trust_remote_code: bool, settin
     )  # fmt: skip
 
 
-def _student(config: Config) -> Student:
+def _student(config: Config, shards: int = 1) -> Student:
     import torch
 
     from scope_opd.models.footprint import shape_of
@@ -216,7 +216,7 @@ def _student(config: Config) -> Student:
     sampled = config.rollout.temperature
     return Student(
         described,
-        shape_of(described, model.lora),
+        shape_of(described, model.lora, shards),
         dtype=getattr(torch, train.param_dtype),
         autocast=torch.bfloat16 if gpu and train.param_dtype == "float32" else None,
         optimizer=train.optimizer,

@@ -32,6 +32,7 @@ from scope_opd.models.head import HeadView, Tail, TokenScores, _tails, response_
 from scope_opd.models.packed_attention import packed_attention
 from scope_opd.models.packing import pack
 from scope_opd.models.rows import Rows
+from scope_opd.models.sharding import in_whole_blocks
 from scope_opd.models.watch import Moments, Watch, decoder_layers
 
 ATTENTION = "scope_footprint"
@@ -79,12 +80,13 @@ class Shape:
         return self.parameters - (0 if self.tied else self.vocabulary * self.hidden)
 
 
-def shape_of(config: Any, lora: LoraConfig | None = None) -> Shape:
+def shape_of(config: Any, lora: LoraConfig | None = None, shards: int = 1) -> Shape:
     """Count a model's parameters exactly, on the meta device, from its Hugging Face config.
 
     Args:
         config: the model's.
         lora: its adapters.
+        shards: ranks that each of its parameters is dealt to.
 
     Raises:
         ConfigError: adapters that it cannot have.
@@ -108,7 +110,7 @@ def shape_of(config: Any, lora: LoraConfig | None = None) -> Shape:
         layer_parameters=layer_parameters // len(layers),
         adapters=sum(p.numel() for p in trained) if lora is not None and lora.rank else 0,
         muon_parameters=sum(p.numel() for p in trained if p.ndim == 2 and id(p) not in outer),
-        block_parameters=sum(p.numel() for p in trained if in_blocks(p)),
+        block_parameters=sum(p.numel() for p in trained if in_whole_blocks(p.shape, shards)),
         layers=len(layers),
         hidden=int(text.hidden_size),
         vocabulary=int((embedding if head is None else head).weight.shape[0]),
@@ -375,14 +377,6 @@ class _TakenApart(HeadView):
 
     def fused(self, hidden: Tensor, targets: Tensor, temperature: float, **options: Any) -> TokenScores:
         return super().fused(hidden, targets, temperature, dry=True, **options)
-
-
-def in_blocks(parameter: Tensor) -> bool:
-    """Whether torchao's optimisers keep a parameter's states in 8 bits: whole blocks of 256, 4,096 values and more.
-
-    Source: torchao/optim/adam.py, ``_AdamBase._new_buffer``.
-    """
-    return parameter.numel() >= 4096 and parameter.numel() % 256 == 0
 
 
 def forward_flops(shape: Shape, length: int) -> float:

@@ -10,6 +10,7 @@ is in the dtype of the weights. Not covered: tensor, sequence and expert paralle
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -88,6 +89,25 @@ def shard(root: nn.Module, model: PreTrainedModel, mesh: DeviceMesh, *, low_prec
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def in_whole_blocks(shape: Sequence[int], shards: int, block: int = 256) -> bool:
+    """Whether AdamW with 8-bit states keeps those of a parameter in 8 bits, on every rank or on none.
+
+    It does where each share is rows of whole blocks and, as torchao wants it, of 4,096 values and more. Those of norms
+    and biases never are: they are small, and their states would depend on the number of ranks.
+
+    Args:
+        shape: of the whole parameter.
+        shards: ranks that it is dealt to, by its rows.
+        block: values that have one scale.
+    """
+    if len(shape) < 2:
+        return False
+    each = -(-shape[0] // shards)
+    width = math.prod(shape[1:])
+    sizes = [rows * width for rows in (each, shape[0] - (shards - 1) * each)]
+    return all(size >= 4096 and size % block == 0 for size in sizes)
 
 
 def local(tensor: Tensor) -> Tensor:

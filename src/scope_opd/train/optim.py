@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from scope_opd.config import TrainConfig
 from scope_opd.errors import ConfigError
-from scope_opd.models.sharding import local
+from scope_opd.models.sharding import in_whole_blocks, local
 
 _BLOCK = 256
 """Values of a state in 8 bits that have one scale, torchao's default."""
@@ -302,17 +302,9 @@ def _adamw_8bit() -> Any:
 
 
 def _in_blocks(parameter: Tensor) -> bool:
-    """Whether AdamW with 8-bit states keeps those of a parameter in 8 bits. All ranks say the same.
-
-    They are where the share of every rank is of whole blocks and, as torchao wants it, of 4,096 values and more. Those
-    of norms and biases never are: they are small, and their states would depend on the number of ranks.
-    """
-    if parameter.ndim < 2:
-        return False
-    ranks = parameter.device_mesh.shape[-1] if isinstance(parameter, DTensor) else 1
-    each = -(-parameter.shape[0] // ranks)
-    sizes = [rows * parameter.shape[1:].numel() for rows in (each, parameter.shape[0] - (ranks - 1) * each)]
-    return all(size >= 4096 and size % _BLOCK == 0 for size in sizes)
+    """Whether AdamW with 8-bit states keeps those of a parameter in 8 bits."""
+    shards = parameter.device_mesh.shape[-1] if isinstance(parameter, DTensor) else 1
+    return in_whole_blocks(parameter.shape, shards, _BLOCK)
 
 
 def _plain(key: str, state: Any, owner: Tensor) -> Iterator[tuple[str, Tensor]]:
