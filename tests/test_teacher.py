@@ -166,28 +166,45 @@ def test_hidden_states_kept_at_scoring_are_those_of_another_pass(
     positions = positions[torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))]
     teacher = LocalTeacher(model, keep_bytes=keep_bytes, max_tokens_per_batch=60)
     expected = teacher.response_hidden(rows, positions)  # nothing is kept yet
-    order = [1, 0, 2, 3, 4, 5]  # the longer of the two responses is put last
-    score(teacher, [rollouts[index] for index in order[:scored]])
+    score(teacher, rollouts[:scored])
     passes = []
     model.model.register_forward_hook(lambda *_: passes.append(1))
     torch.testing.assert_close(teacher.response_hidden(rows, positions), expected, atol=1e-12, rtol=1e-10)
     assert len(passes) == reads
-    score(teacher, [rollouts[0], rollouts[1]])  # now the shorter is
+    score(teacher, [rollouts[1]])
     torch.testing.assert_close(teacher.response_hidden(rows, positions), expected, atol=1e-12, rtol=1e-10)
 
 
-def test_a_store_of_hidden_states_keeps_what_was_put_last() -> None:
+def test_a_store_of_hidden_states_keeps_what_was_put_first() -> None:
     one = torch.ones(2, 4)  # 32 bytes
     store = KeptHidden(64)
-    for name in range(3):
-        store.put([7, name], one * name)
-    assert (len(store), store.bytes, store.get([7, 0])) == (2, 64, None)
-    store.put([7, 1], one)  # again: now the last
-    store.put([7, 3], one)
-    assert store.get([7, 2]) is None
-    assert store.get([7, 1]) is not None
-    store.put([7, 4], torch.ones(5, 4))
-    assert (len(store), store.get([7, 4])) == (2, None)
+    store.put([7, 0], one[:1])
+    store.put([7, 1], torch.ones(5, 4))
+    store.put([7, 2], one)
+    store.put([7, 3], one)  # full
+    assert (len(store), store.bytes) == (2, 48)
+    assert store.get([7, 1]) is store.get([7, 3]) is None
+    store.put([7, 0], one)  # more of the same sequence, which takes the place of less
+    store.put([7, 2], one[:1])
+    assert (len(store), store.bytes, len(store.get([7, 0])), len(store.get([7, 2]))) == (2, 64, 2, 2)  # type: ignore[arg-type]
+    store.clear()
+    assert (len(store), store.bytes, store.get([7, 0])) == (0, 0, None)
+
+
+def test_nothing_of_an_earlier_step_is_read_again() -> None:
+    """Another batch has other last bits, and a resumed run does not have them."""
+    model, rollouts = tiny_model("qwen3"), ragged_rollouts(6)
+    teacher = LocalTeacher(model, keep_bytes=2**30)
+    score(teacher, rollouts)
+    score(teacher, rollouts[:1])
+    rows = stack([rollout.prompt_token_ids + rollout.token_ids for rollout in rollouts[1:]], packed=False)
+    positions = positions_of(
+        [len(rollout.prompt_token_ids) for rollout in rollouts[1:]],
+        [len(rollout.token_ids) for rollout in rollouts[1:]],
+        packed=False,
+    )
+    found = teacher.response_hidden(rows, positions)
+    assert torch.equal(found, LocalTeacher(model).response_hidden(rows, positions))
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"max_tokens_per_batch": 0}, {"log_prob_floor": 1.0}])

@@ -53,7 +53,7 @@ def open_ranks(config: Config) -> Ranks:
 
 
 def rank_device(config: Config, ranks: Ranks) -> torch.device:
-    """``train.device``; with several ranks the GPU of this one, which becomes torch's current device.
+    """``train.device``; with several ranks the GPU of this one. A GPU becomes torch's current device.
 
     Raises:
         ModelError: no such device.
@@ -61,7 +61,10 @@ def rank_device(config: Config, ranks: Ranks) -> torch.device:
     """
     name = config.train.device
     if ranks.world == 1 or name == "cpu" or not torch.cuda.is_available():
-        return resolve_device(name)
+        device = resolve_device(name)
+        if device.type == "cuda":  # what waits for "the" GPU, or saves its random state, means this one
+            torch.cuda.set_device(device)
+        return device
     if ":" in name:
         raise ConfigError(f"train.device = {name!r} with {ranks.world} ranks", "a GPU for each", "set cuda, or auto")
     count = torch.cuda.device_count()

@@ -52,8 +52,8 @@ class TeacherConfig(ServerConfig):
 
     In process: ``path`` as for the student; ``dtype`` holds its weights ("auto": bfloat16 on a GPU, float32 on a CPU);
     ``max_tokens_per_batch`` bounds prompt + response tokens scored in one forward pass. ``keep_hidden_gib``: where
-    ``objective.distill`` needs whole distributions, hidden states of scored rollouts kept in host memory, so that the
-    update need not read them again; 0 keeps none.
+    ``objective.distill`` needs whole distributions, hidden states of scored rollouts kept in each rank's host memory,
+    so that the update need not read them again; 0 keeps none.
 
     Behind servers: ``route_by`` names a column of the data; ``[teacher.routes.VALUE]`` is the teacher of prompts with
     that value, ``base_urls`` that of all others. ``tokenizer``: the teacher's, to be compared with the student's.

@@ -4,7 +4,9 @@ A deferred parameter knows its shape, its dtype and its device, and takes no mem
 whoever reads them too early will notice. Its values are a tensor that is mapped from the checkpoint and belongs to the
 page cache, which all ranks of a machine share. ``fill`` gives a module its weights, for good where they are dealt out
 next (``sharding.shard``); ``runnable`` gives each layer its own for the time of its pass, so that a deferred model can
-be tried out. Not covered: gradients of deferred parameters, copies of deferred models.
+be tried out. What transformers makes while it loads (the stacked experts of mixtures) is no part of a file: each rank
+has it in memory of its own until the layer is filled. Not covered: gradients of deferred parameters, copies of deferred
+models.
 """
 
 from __future__ import annotations

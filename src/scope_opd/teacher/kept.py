@@ -1,52 +1,49 @@
 """Hidden states of scored sequences, kept until the update wants their distributions.
 
-Which are kept is a function of what was scored last alone, so a resumed step keeps what the step would have kept.
+Which are kept is a function of what was put since the last ``clear`` alone, so that a resumed step finds what the step
+would have found: states computed in another batch differ in their last bits.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
 from collections.abc import Sequence
 
 from torch import Tensor
 
 
 class KeptHidden:
-    """A store of limited size; what was put first goes first. One sequence is one entry, however often it is put.
+    """A store of limited size: what is put when it is full is not kept.
 
     Args:
-        max_bytes: of all tensors together; an entry that is larger by itself is not kept.
+        max_bytes: of all tensors together.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.bytes = max_bytes, 0
-        self._of: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._of: dict[bytes, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._of)
 
+    def clear(self) -> None:
+        """Let go of all."""
+        self._of.clear()
+        self.bytes = 0
+
     def put(self, sequence: Sequence[int], hidden: Tensor) -> None:
-        """Keep [n, H], which predict the last n tokens of ``sequence``; copied to the host."""
-        key = _key(sequence)
-        self._drop(key)
-        size = hidden.numel() * hidden.element_size()
-        if not size or size > self.max_bytes:
+        """Keep [n, H], which predict the last n tokens of ``sequence``, on the host; of two puts the one of more."""
+        key, size = array("q", sequence).tobytes(), hidden.numel() * hidden.element_size()
+        old = self._of.get(key)
+        if old is not None and len(old) >= len(hidden):
             return
-        while self.bytes + size > self.max_bytes:
-            self._drop(next(iter(self._of)))
-        self._of[key] = hidden.detach().cpu().clone()
-        self.bytes += size
+        free = self.max_bytes - self.bytes + (0 if old is None else old.numel() * old.element_size())
+        if not 0 < size <= free:
+            return
+        # A view would keep the batch that it is of.
+        self._of[key] = hidden.detach().clone() if hidden.is_cpu else hidden.detach().cpu()
+        self.bytes = self.max_bytes - free + size
 
     def get(self, sequence: Sequence[int]) -> Tensor | None:
-        """What was put, on the host."""
-        return self._of.get(_key(sequence))
-
-    def _drop(self, key: bytes) -> None:
-        gone = self._of.pop(key, None)
-        if gone is not None:
-            self.bytes -= gone.numel() * gone.element_size()
-
-
-def _key(sequence: Sequence[int]) -> bytes:
-    return array("q", sequence).tobytes()
+        """What was kept, on the host."""
+        return self._of.get(array("q", sequence).tobytes())

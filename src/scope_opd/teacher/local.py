@@ -38,7 +38,7 @@ class LocalTeacher:
         log_prob_floor: log-probs below it (-inf too) are raised to it and counted.
         chunk_tokens: tokens projected to the vocabulary at once; None as in ``models.head``.
         ends: what to do where it ends responses with other tokens than the student; None: score them as any token.
-        keep_bytes: hidden states of scored rollouts kept on the host for ``response_hidden``, at most; 0: none.
+        keep_bytes: of hidden states of the rollouts scored last, kept on the host for ``response_hidden``; 0: none.
 
     Attributes:
         streams: False: all rollouts of a step are scored together.
@@ -84,12 +84,15 @@ class LocalTeacher:
         """Log-prob of every response token, log softmax(logits / temperature)[token], floored; one score a rollout.
 
         A rollout with a token that the teacher has no row for cannot be scored: its ``logprobs`` are None. Computes
-        on the thread of the event loop and gives control back after every batch.
+        on the thread of the event loop and gives control back after every batch. Hidden states that were kept of an
+        earlier call are let go.
 
         Raises:
             ModelError: a rollout longer than the teacher's context.
             RunFailed: a log-prob is NaN; names the rollout.
         """
+        if self._kept is not None:
+            self._kept.clear()
         scores = [TeacherScore(logprobs=None)] * len(rollouts)
         known = [index for index, rollout in enumerate(rollouts) if self._can_score(rollout)]
         lengths = [len(rollouts[index].prompt_token_ids) + len(rollouts[index].token_ids) for index in known]

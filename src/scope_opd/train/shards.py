@@ -160,10 +160,10 @@ class Shards:
         if (odd := self.optimizer.cut_otherwise(names)) is not None:
             wrote = len({name.split(".")[1] for name in saved if name.startswith("rng.")})
             raise RunFolderError(
-                f"checkpoint {folder}: its 8-bit states of {odd} are cut as {wrote} ranks cut them, not as "
-                f"{self.ranks.world} do",
-                f"{wrote} ranks",
-                "start as many",
+                f"checkpoint {folder}: its 8-bit states of {odd} are cut as the {wrote} ranks that saved it cut them, "
+                f"not as these {self.ranks.world} do",
+                f"{wrote} ranks, train.shard and ranks a machine as they were",
+                "start as many in the same way",
             )
         states = self.optimizer.make_states(names) if names else {}
         target = weights | {f"{STATES}{name}": tensor for name, tensor in states.items()}
