@@ -260,8 +260,11 @@ def lay_out(config: Config, machine: Machine, invented: Set[str], *, on_cpu: boo
         parts.append(Part(setting, devices, each, len(local), on_gpu=not on_cpu))
     wanting = [part for part in parts if part.on_gpu and (part.devices or part.addresses or part.name in invented)]
     if (device == "cuda" or wanting) and not machine.gpus:
-        who = "train.device = 'cuda'" if device == "cuda" else "serving.python has a vLLM for GPUs"
-        raise ConfigError(f"{who} and no GPU is visible", "a GPU", "see CUDA_VISIBLE_DEVICES, or compute on the CPU")
+        who = "train.device = 'cuda'" if device == "cuda" else "servers that compute on GPUs"
+        raise ConfigError(
+            f"{who} and no GPU is visible", "a GPU",
+            "see CUDA_VISIBLE_DEVICES, set serving.python to a vLLM for CPUs, or plan for N GPUs with --print --gpus N",
+        )  # fmt: skip
     colocated = config.rollout.colocated and ("samplers" in invented or parts[0].addresses > 0)
     trainer = Part("trainer", asked.trainer, on_gpu=on_gpu)
     return assign(trainer, *parts, gpus=len(machine.gpus), colocated=colocated)

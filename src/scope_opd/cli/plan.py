@@ -198,7 +198,8 @@ def read_config(path: str, revision: str | None, trust_remote_code: bool, settin
         if config is not None:
             return config
     raise ConfigError(
-        f"{setting} = {path!r}: no config.json can be read", "a folder with config.json, or the hub",
+        f"{setting} = {path!r}: no such folder here, and no config.json of that name from cache or hub",
+        "a folder with config.json, or a hub id",
         f"fetch that one file (hf download {path} config.json --local-dir DIR) and add --set {setting}=DIR",
     )  # fmt: skip
 

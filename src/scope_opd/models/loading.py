@@ -283,7 +283,7 @@ def _explain(error: Exception, path: str, expected: str) -> ModelError:
     if "trust_remote_code" in lowered:
         remedy = "read the code, then set trust_remote_code = true"
     elif "connect" in lowered or "offline" in lowered or "name or service" in lowered:
-        remedy = "check the spelling and the network, or name a local folder"
+        remedy = "no folder here has that name: check it, or the network (HF_HUB_OFFLINE=1 looks in the cache alone)"
     elif "not a valid model identifier" in lowered or "404" in lowered or "repository not found" in lowered:
         remedy = "check the spelling; a local folder must exist and hold config.json"
     elif "attn_implementation" in lowered or "attention" in lowered:

