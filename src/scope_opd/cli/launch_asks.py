@@ -146,7 +146,7 @@ def findings(asked: Asked) -> Iterator[Finding]:
     shown = ", ".join(_devices(name, groups, names) for name, groups in parts.items() if groups)
     on_cores = sum(not group for groups in parts.values() for group in groups)
     if on_cores > cores:
-        found = f"{shown}: {counted(on_cores, 'process').removesuffix('s') + 'es'} on {counted(cores, 'core')}"
+        found = f"{shown}: {on_cores} processes on {counted(cores, 'core')}"
         yield Finding("launch", "warn", found, "expect them to be slow, or lower [launch]'s numbers")
     else:
         yield Finding("launch", "ok", shown)
